@@ -1,0 +1,1 @@
+"""Experiments that compare low-rank methods on real text."""

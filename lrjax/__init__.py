@@ -1,0 +1,1 @@
+"""Low-rank training in JAX."""

@@ -1,0 +1,132 @@
+"""The values that the parts of lrjax exchange; no behaviour.
+
+Letters: a matrix is (d, k) once its compressed axis comes first, r is the rank, so
+low-rank quantities are (r, k). Flax kernels are (in, out).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+PyTree = Any
+
+
+class View(NamedTuple):
+  """Which axes of a leaf form the matrix; all other axes are a stack of matrices.
+
+  The default fits Dense `(in, out)`, scanned `(L, in, out)` and expert kernels
+  `(L, E, in, out)`. DenseGeneral `(D, H, Dh)` is `View(0, (1, 2))`, a convolution
+  `(h, w, i, o)` is `View((0, 1, 2), 3)`. The field names are those of
+  `optax.contrib.GaLoreDimensionNumbers`, which is accepted wherever a View is.
+  """
+
+  reduction_axis: int | Sequence[int] = -2
+  output_axis: int | Sequence[int] = -1
+
+
+class MatrixTransform(NamedTuple):
+  """A gradient method for ONE matrix; `on_matrices` lifts it to any tree.
+
+  Attributes:
+    init: `(g) -> state`; `g` (d, k) may be abstract, only shape and dtype are used.
+    update: `(g, state) -> (update (d, k), state)`, run at every step.
+    due: `(state, step) -> bool[]`, whether `refresh` should run now; None: never.
+      `step` is int32 and 0 at the first update.
+    refresh: `(key, g, state) -> (state, bool[])`, the rare and costly part, run
+      before `update` when due; the bool says whether it succeeded.
+    batched: True when all matrices are due together, so that a stack of them is
+      refreshed by one batched factorisation; False loops over those that are due.
+  """
+
+  init: Callable
+  update: Callable
+  due: Callable | None = None
+  refresh: Callable | None = None
+  batched: bool = True
+
+
+class Basis(NamedTuple):
+  """How a subspace is found and stored.
+
+  Attributes:
+    init: `(d, k) -> b`, an orthonormal start.
+    fit: `(key, g (d, k), b) -> b`; may start from the previous `b`.
+    down: `(b, g (d, k)) -> (r, k)`.
+    up: `(b, low (r, k), d) -> (d, k)`.
+    matrix: `(b, d) -> P (d, r)`, for transports; None where there is no single P.
+  """
+
+  init: Callable
+  fit: Callable
+  down: Callable
+  up: Callable
+  matrix: Callable | None = None
+
+
+class Refresh(NamedTuple):
+  """When a subspace is found again.
+
+  Attributes:
+    init: `(d, k) -> s`.
+    due: `(s, step) -> bool[]`.
+    after: `(s, P_old (d, r), P_new (d, r)) -> s`.
+    batched: whether all matrices of a tree are due together.
+  """
+
+  init: Callable
+  due: Callable
+  after: Callable
+  batched: bool
+
+
+class Residual(NamedTuple):
+  """What becomes of the part the subspace misses, and how the update is formed.
+
+  Attributes:
+    init: `(g (d, k)) -> s`.
+    before: `(g, s) -> g`, ahead of the projection.
+    after: `(g, low (r, k), u (r, k), up, s) -> (update (d, k), s)`.
+  """
+
+  init: Callable
+  before: Callable
+  after: Callable
+
+
+class Codec(NamedTuple):
+  """How an array is stored: `decode(encode(x))` approximates `x` in float32."""
+
+  encode: Callable
+  decode: Callable
+
+
+class Split(NamedTuple):
+  """The arrays of one kernel.
+
+  Attributes:
+    train: an array or a dict of arrays: what `jax.grad` and the optimizer see.
+    fixed: a dict of arrays nobody differentiates (indices, frozen or random bases).
+  """
+
+  train: PyTree
+  fixed: Mapping[str, jax.Array] = {}
+
+
+class Parameterization(NamedTuple):
+  """A weight as a value.
+
+  Attributes:
+    init: `(key, shape (in, out), dtype) -> Split`.
+    from_dense: `(key, W (in, out)) -> Split`, exact or the best the method allows.
+    apply: `(Split, x (..., in)) -> (..., out)`; forms W only where it must.
+    materialize: `(Split) -> W (in, out)`; None where the map is not linear in x.
+    axes: leaf name ('' for a bare array) -> one of 'in', 'out', None per axis, read by
+      sharding; None marks axes that stay whole, ranks for example.
+  """
+
+  init: Callable
+  from_dense: Callable
+  apply: Callable
+  materialize: Callable | None = None
+  axes: Mapping[str, tuple] = {}
