@@ -1,1 +1,84 @@
-"""Low-rank training in JAX."""
+"""Low-rank training in JAX: one flat public list, grouped by family."""
+
+# Bases: how a subspace is found.
+from lrjax.bases import (
+  eigh,
+  randomized_svd,
+  stored_as,
+  subspace_iteration,
+  svd,
+  two_sided,
+)
+
+# Codecs: how arrays are stored.
+from lrjax.codecs import cast, int8
+
+# What an optimizer does and how it fares.
+from lrjax.inspection import coverage, health
+
+# The loop and the lift.
+from lrjax.low_rank import low_rank
+from lrjax.matrices import on_matrices
+
+# Inner optimizers.
+from lrjax.moments import adam, factored_rms
+
+# Optimizers.
+from lrjax.optimizers.galore import galore, scale_by_galore
+
+# The remaining parts of the loop.
+from lrjax.refreshes import every
+from lrjax.residuals import drop, error_feedback
+from lrjax.sharding import state_specs
+from lrjax.transports import keep, reset, rotate_abs, rotate_square
+
+# The values parts exchange.
+from lrjax.types import (
+  Basis,
+  Codec,
+  MatrixTransform,
+  Parameterization,
+  Refresh,
+  Residual,
+  Split,
+  View,
+)
+from lrjax.views import hidden_kernels
+
+__version__ = '0.1.0'
+
+__all__ = [
+  'Basis',
+  'Codec',
+  'MatrixTransform',
+  'Parameterization',
+  'Refresh',
+  'Residual',
+  'Split',
+  'View',
+  'adam',
+  'cast',
+  'coverage',
+  'drop',
+  'eigh',
+  'error_feedback',
+  'every',
+  'factored_rms',
+  'galore',
+  'health',
+  'hidden_kernels',
+  'int8',
+  'keep',
+  'low_rank',
+  'on_matrices',
+  'randomized_svd',
+  'reset',
+  'rotate_abs',
+  'rotate_square',
+  'scale_by_galore',
+  'state_specs',
+  'stored_as',
+  'subspace_iteration',
+  'svd',
+  'two_sided',
+]

@@ -31,8 +31,9 @@ class MatrixTransform(NamedTuple):
   Attributes:
     init: `(g) -> state`; `g` (d, k) may be abstract, only shape and dtype are used.
     update: `(g, state) -> (update (d, k), state)`, run at every step.
-    due: `(state, step) -> bool[]`, whether `refresh` should run now; None: never.
-      `step` is int32 and 0 at the first update.
+    due: `(state, step, phase) -> bool[]`, whether `refresh` should run now; None:
+      never. `step` is int32 and 0 at the first update; `phase` in [0, 1) spreads the
+      matrices of a tree evenly over a period.
     refresh: `(key, g, state) -> (state, bool[])`, the rare and costly part, run
       before `update` when due; the bool says whether it succeeded.
     batched: True when all matrices are due together, so that a stack of them is
@@ -50,8 +51,9 @@ class Basis(NamedTuple):
   """How a subspace is found and stored.
 
   Attributes:
-    init: `(d, k) -> b`, an orthonormal start.
-    fit: `(key, g (d, k), b) -> b`; may start from the previous `b`.
+    init: `(d, k, dtype) -> b`, an orthonormal start; `dtype` is that of the arithmetic.
+    fit: `(key, g (d, k), b) -> b`; may start from the previous `b`. A failed
+      factorisation is told by a non-finite `b`, which the loop then refuses.
     down: `(b, g (d, k)) -> (r, k)`.
     up: `(b, low (r, k), d) -> (d, k)`.
     matrix: `(b, d) -> P (d, r)`, for transports; None where there is no single P.
@@ -68,8 +70,8 @@ class Refresh(NamedTuple):
   """When a subspace is found again.
 
   Attributes:
-    init: `(d, k) -> s`.
-    due: `(s, step) -> bool[]`.
+    init: `() -> s`.
+    due: `(s, step, phase) -> bool[]`, see `MatrixTransform.due`.
     after: `(s, P_old (d, r), P_new (d, r)) -> s`.
     batched: whether all matrices of a tree are due together.
   """

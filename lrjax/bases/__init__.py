@@ -1,0 +1,22 @@
+"""How a subspace is found: each basis is a `lrjax.types.Basis`."""
+
+from lrjax.bases.orthonormal import eigh, randomized_svd, subspace_iteration, svd
+from lrjax.bases.stored import stored_as
+from lrjax.bases.two_sided import two_sided
+
+NAMES = dict(
+  svd=svd,
+  eigh=eigh,
+  randomized_svd=randomized_svd,
+  subspace_iteration=subspace_iteration,
+)
+
+__all__ = [
+  'NAMES',
+  'eigh',
+  'randomized_svd',
+  'stored_as',
+  'subspace_iteration',
+  'svd',
+  'two_sided',
+]

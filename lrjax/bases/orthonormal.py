@@ -1,0 +1,203 @@
+"""Bases that store P (d, r) with orthonormal columns, fitted to a gradient (d, k)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lrjax.checks import positive_int
+from lrjax.types import Basis
+
+HIGHEST = jax.lax.Precision.HIGHEST
+# Largest |P'P - I| of a factorisation that is believed; healthy ones stay below 1e-5.
+DEFECT = 1e-3
+
+
+def svd(rank: int, *, signs: bool = True) -> Basis:
+  """The leading left singular vectors, by LAPACK's full decomposition.
+
+  The reference for the others: exact, and the slowest. About `4 k d^2 + 22 d^3` flops.
+
+  Args:
+    rank: number of columns; clipped to min(rank, d, k).
+    signs: make the entry of largest magnitude in each column positive. Without it the
+      signs are LAPACK's and differ between libraries, layouts and devices.
+
+  Returns:
+    A `Basis` whose state is P (d, r).
+
+  >>> g = jnp.diag(jnp.array([3.0, 1.0, 2.0]))
+  >>> b = svd(2)
+  >>> print(b.fit(None, g, b.init(3, 3, g.dtype)))
+  [[1. 0.]
+   [0. 0.]
+   [0. 1.]]
+  """
+
+  def fit(key: Any, g: jax.Array, r: int, p: jax.Array) -> jax.Array:
+    return jnp.linalg.svd(g, full_matrices=False)[0][:, :r]
+
+  return orthonormal(rank, fit, signs=signs)
+
+
+def eigh(rank: int, *, signs: bool = True) -> Basis:
+  """The same subspace from the eigenvectors of the smaller Gram matrix.
+
+  As exact as `svd` for directions whose singular value is above 1e-3 of the largest
+  (float32), 6 to 13 times cheaper on a CPU. About `2 k s^2 + 9 s^3` flops, s = min(d, k).
+
+  Args:
+    rank: number of columns; clipped to min(rank, d, k).
+    signs: see `svd`.
+
+  Returns:
+    A `Basis` whose state is P (d, r).
+  """
+
+  def fit(key: Any, g: jax.Array, r: int, p: jax.Array) -> jax.Array:
+    d, k = g.shape
+    if d <= k:
+      return _leading(_mm(g, g.T), r)
+    # Squaring loses small singular values, so G V is orthonormalised, not divided.
+    return jnp.linalg.qr(_mm(g, _leading(_mm(g.T, g), r)))[0]
+
+  return orthonormal(rank, fit, signs=signs)
+
+
+def randomized_svd(
+  rank: int, *, oversample: int = 8, power_steps: int = 1, signs: bool = True
+) -> Basis:
+  r"""A randomized range finder with power steps (Halko et al., 2011, arXiv 0909.4061).
+
+  .. math::
+    Q = \mathrm{orth}((G G^\top)^q G \Omega), \quad P = Q\, \mathrm{svd}_r(Q^\top G)
+
+  Matrix products and thin QR only: `2 d k l (2 + 2q)` flops, l = r + oversample.
+
+  Args:
+    rank: number of columns; clipped to min(rank, d, k).
+    oversample: extra random columns, dropped at the end.
+    power_steps: q; 0 caught 95 % and 1 caught 99.4 % of the best energy on a slowly
+      decaying spectrum.
+    signs: see `svd`.
+
+  Returns:
+    A `Basis` whose state is P (d, r).
+  """
+
+  def fit(key: jax.Array, g: jax.Array, r: int, p: jax.Array) -> jax.Array:
+    l = min(r + oversample, *g.shape)
+    q = _orth(_mm(g, jax.random.normal(key, (g.shape[1], l), g.dtype)))
+    for _ in range(power_steps):
+      q = _orth(_mm(g, _orth(_mm(g.T, q))))
+    low = _mm(q.T, g)
+    return _orth(_mm(q, _leading(_mm(low, low.T), r)))
+
+  return orthonormal(rank, fit, signs=signs)
+
+
+def subspace_iteration(rank: int, *, steps: int = 1, signs: bool = True) -> Basis:
+  r"""Power steps that start from the previous basis, for gradients that turn slowly.
+
+  .. math:: P \leftarrow \mathrm{orth}(G (G^\top P))
+
+  The cheapest fit: `4 d k r` flops a step. The first one starts from a fixed random
+  subspace (signed cosines), so it is as good as a randomized one without oversampling.
+
+  Args:
+    rank: number of columns; clipped to min(rank, d, k).
+    steps: power steps a fit.
+    signs: see `svd`.
+
+  Returns:
+    A `Basis` whose state is P (d, r).
+  """
+
+  def fit(key: Any, g: jax.Array, r: int, p: jax.Array) -> jax.Array:
+    for _ in range(steps):
+      p = _orth(_mm(g, _orth(_mm(g.T, p))))
+    low = _mm(p.T, g)
+    # Within the subspace the columns are put in the order an SVD would give.
+    return _orth(_mm(p, _leading(_mm(low, low.T), r)))
+
+  return orthonormal(rank, fit, signs=signs, init=signed_cosines)
+
+
+def orthonormal(
+  rank: int, fit: Callable, *, signs: bool = True, init: Callable | None = None
+) -> Basis:
+  """A `Basis` with P (d, r) as its state, from `(key, g, r, P) -> P`.
+
+  Args:
+    rank: number of columns; clipped to min(rank, d, k).
+    fit: finds P; a result that is not orthonormal is replaced by NaN, which the loop
+      refuses.
+    signs: see `svd`.
+    init: `(d, r, dtype) -> P`; default the first r unit vectors.
+
+  Returns:
+    The `Basis`.
+  """
+  rank = positive_int('rank', rank)
+
+  def start(d: int, k: int, dtype: Any) -> jax.Array:
+    r = min(rank, d, k)
+    return jnp.eye(d, r, dtype=dtype) if init is None else init(d, r, dtype)
+
+  def refit(key: Any, g: jax.Array, p: jax.Array) -> jax.Array:
+    new = fit(key, g, p.shape[1], p)
+    defect = jnp.abs(_mm(new.T, new) - jnp.eye(new.shape[1], dtype=new.dtype)).max()
+    new = fix_signs(new) if signs else new
+    return jnp.where(defect < DEFECT, new, jnp.nan)
+
+  return Basis(start, refit, down, up, lambda p, d: p)
+
+
+def down(p: jax.Array, g: jax.Array) -> jax.Array:
+  """P^T G: (d, r), (d, k) -> (r, k)."""
+  return p.T @ g
+
+
+def up(p: jax.Array, low: jax.Array, d: int) -> jax.Array:
+  """P X: (d, r), (r, k) -> (d, k)."""
+  return p @ low
+
+
+def fix_signs(p: jax.Array) -> jax.Array:
+  """Flips columns so that the entry of largest magnitude, the first at a tie, is positive.
+
+  >>> print(fix_signs(jnp.array([[0.6, 0.8], [-0.8, 0.6]])))
+  [[-0.6  0.8]
+   [ 0.8  0.6]]
+  """
+  at = jnp.argmax(jnp.abs(p), axis=0, keepdims=True)
+  largest = jnp.take_along_axis(p, at, axis=0)
+  return jnp.where(largest < 0, -p, p)
+
+
+def cosines(d: int, dtype: Any) -> jax.Array:
+  """The orthonormal DCT-II matrix (d, d); column j is the cosine of frequency j."""
+  i = jnp.arange(d, dtype=dtype)
+  c = jnp.cos(jnp.pi / d * (i[:, None] + 0.5) * i[None, :])
+  return c * jnp.sqrt(jnp.where(i == 0, 1.0, 2.0) / d)[None, :].astype(dtype)
+
+
+def signed_cosines(d: int, r: int, dtype: Any) -> jax.Array:
+  """r orthonormal columns (d, r) without structure a gradient could hide from."""
+  flips = np.random.default_rng(d).choice([-1.0, 1.0], size=(d, 1))
+  return jnp.asarray(flips, dtype) * cosines(d, dtype)[:, :r]
+
+
+def _leading(gram: jax.Array, r: int) -> jax.Array:
+  """Eigenvectors of the r largest eigenvalues, largest first."""
+  return jnp.linalg.eigh(gram)[1][:, ::-1][:, :r]
+
+
+def _orth(y: jax.Array) -> jax.Array:
+  return jnp.linalg.qr(y)[0]
+
+
+def _mm(a: jax.Array, b: jax.Array) -> jax.Array:
+  return jnp.matmul(a, b, precision=HIGHEST)

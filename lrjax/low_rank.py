@@ -1,0 +1,139 @@
+"""The low-rank loop: five replaceable parts make a method for one matrix."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lrjax import residuals, transports
+from lrjax.refreshes import every
+from lrjax.types import Basis, MatrixTransform, Refresh, Residual
+
+
+class LowRankState(NamedTuple):
+  """State of one matrix.
+
+  Attributes:
+    basis: the subspace, in the form the basis keeps it; P (d, r) for most.
+    inner: state of the inner transformation on (r, k).
+    residual: state of the residual.
+    refresh: state of the refresh policy.
+  """
+
+  basis: Any
+  inner: optax.OptState
+  residual: Any
+  refresh: Any
+
+
+def low_rank(
+  basis: Basis,
+  inner: optax.GradientTransformation,
+  *,
+  refresh: Refresh | None = None,
+  residual: Residual | None = None,
+  transport: Callable = transports.keep,
+) -> MatrixTransform:
+  r"""A one-matrix method from a basis, an inner optimizer and three more parts.
+
+  .. math::
+    R = P^\top G, \quad U = \mathrm{inner}(R), \quad \Delta = \mathrm{residual}(P U)
+
+  When `refresh` is due, P is fitted to the gradient at hand first and `transport`
+  carries the inner state over.
+
+  Args:
+    basis: how P is found and stored.
+    inner: a transformation of (r, k) arrays that looks at gradients alone.
+    refresh: when P is found again; default `every(200)`.
+    residual: what becomes of what P misses; default `drop(1.0)`.
+    transport: `(change, inner_state) -> inner_state`, see `lrjax.transports`.
+
+  Returns:
+    A `MatrixTransform`, to be lifted by `on_matrices`.
+
+  Raises:
+    ValueError: if the inner needs parameters, or a part does not fit another.
+
+  >>> import lrjax
+  >>> low_rank(lrjax.svd(4), optax.add_decayed_weights(0.1))
+  Traceback (most recent call last):
+  ...
+  ValueError: the inner optimizer needs parameters, which a low-rank space has not...
+  """
+  check_gradient_only(inner)
+  inner = optax.with_extra_args_support(inner)
+  refresh = every(200) if refresh is None else refresh
+  residual = residuals.drop(1.0) if residual is None else residual
+  matrix = basis.matrix
+
+  def init(g: Any) -> LowRankState:
+    d, k = g.shape
+    b = basis.init(d, k, g.dtype)
+    low = jax.eval_shape(basis.down, b, g)
+    low = jnp.zeros(low.shape, low.dtype)
+    return LowRankState(b, inner.init(low), residual.init(g), refresh.init())
+
+  def due(s: LowRankState, step: jax.Array, phase: jax.Array) -> jax.Array:
+    return refresh.due(s.refresh, step, phase)
+
+  def refit(
+    key: jax.Array, g: jax.Array, s: LowRankState
+  ) -> tuple[LowRankState, jax.Array]:
+    g = residual.before(g, s.residual)
+    b = basis.fit(key, _unit_scale(g), s.basis)
+    good = jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(b)]).all()
+    if matrix is None:
+      old = new = None
+      change = _no_matrix
+    else:
+      old, new = matrix(s.basis, len(g)), matrix(b, len(g))
+      change = lambda: new.T @ old
+    return s._replace(
+      basis=b,
+      inner=transport(change, s.inner),
+      refresh=refresh.after(s.refresh, old, new),
+    ), good
+
+  def update(g: jax.Array, s: LowRankState) -> tuple[jax.Array, LowRankState]:
+    g = residual.before(g, s.residual)
+    low = basis.down(s.basis, g)
+    u, inner_state = inner.update(low, s.inner, None)
+    up = lambda low: basis.up(s.basis, low, len(g))
+    out, residual_state = residual.after(g, low, u, up, s.residual)
+    return out, s._replace(inner=inner_state, residual=residual_state)
+
+  return MatrixTransform(init, update, due, refit, refresh.batched)
+
+
+def check_gradient_only(inner: optax.GradientTransformation) -> None:
+  """Raises ValueError if `inner` needs parameters to update."""
+  probe = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+
+  def run(g: jax.Array) -> Any:
+    return inner.update(g, inner.init(g), None)
+
+  try:
+    jax.eval_shape(run, probe)
+  except Exception as e:
+    if not (isinstance(e, ValueError) and 'params' in str(e)):
+      raise
+    raise ValueError(
+      'the inner optimizer needs parameters, which a low-rank space has not: apply'
+      ' weight decay and trust ratios outside, after the projection (`weight_decay=` of'
+      ' the optimizer, or optax.chain)'
+    ) from e
+
+
+def _unit_scale(g: jax.Array) -> jax.Array:
+  """`g` times the power of two that brings its largest entry near one."""
+  return jnp.ldexp(g, -jnp.frexp(jnp.max(jnp.abs(g)))[1])
+
+
+def _no_matrix() -> jax.Array:
+  raise ValueError(
+    'this transport rotates the inner state and needs a basis with one matrix P; use'
+    ' transport=keep or reset with this basis'
+  )

@@ -1,0 +1,114 @@
+"""Inner optimizers of our own: what optax has in no form that fits a low-rank space."""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lrjax.checks import closest
+
+BiasCorrection = Literal['moments', 'step', 'none']
+
+
+class AdamState(NamedTuple):
+  """Count of updates, first and second moments with the tree of the gradients."""
+
+  count: jax.Array
+  mu: Any
+  nu: Any
+
+
+def adam(
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+  *,
+  bias_correction: BiasCorrection = 'moments',
+  mu_dtype: Any = None,
+  nu_dtype: Any = None,
+) -> optax.GradientTransformation:
+  r"""Adam with a dtype for each moment and a choice of where the bias is corrected.
+
+  .. math::
+    M \leftarrow b_1 M + (1 - b_1) G, \quad V \leftarrow b_2 V + (1 - b_2) G^2
+
+  and the update is, with :math:`c_i = 1 - b_i^t` for update number t,
+
+  - 'moments': :math:`(M / c_1) / (\sqrt{V / c_2} + \epsilon)`, the paper's and optax's;
+  - 'step': :math:`\sqrt{c_2} / c_1 \cdot M / (\sqrt V + \epsilon)`, that of galore-torch
+    and old Hugging Face code, whose eps is in effect larger at first;
+  - 'none': :math:`M / (\sqrt V + \epsilon)`.
+
+  Args:
+    b1: decay of the first moment.
+    b2: decay of the second moment.
+    eps: added to the root of the second moment.
+    bias_correction: see above.
+    mu_dtype: stored dtype of M; default float32 (float64 for float64 gradients).
+    nu_dtype: stored dtype of V, likewise. The arithmetic is never below float32.
+
+  Returns:
+    An `optax.GradientTransformation` with an `AdamState`.
+
+  Raises:
+    ValueError: for an unknown `bias_correction`.
+  """
+  if bias_correction not in (known := ('moments', 'step', 'none')):
+    raise ValueError(
+      f'unknown `bias_correction` {bias_correction!r};'
+      f' {closest(str(bias_correction), known)}'
+    )
+  wide = lambda x: jnp.promote_types(x.dtype, jnp.float32)
+
+  def init(params: Any) -> AdamState:
+    zeros = lambda dtype: jax.tree.map(
+      lambda x: jnp.zeros_like(x, dtype=dtype or wide(x)), params
+    )
+    return AdamState(jnp.zeros([], jnp.int32), zeros(mu_dtype), zeros(nu_dtype))
+
+  def update(g: Any, s: AdamState, params: Any = None) -> tuple[Any, AdamState]:
+    count = optax.safe_increment(s.count)
+    blend = lambda b, m, x: b * m.astype(wide(x)) + (1 - b) * x.astype(wide(x))
+    mu = jax.tree.map(lambda x, m: blend(b1, m, x), g, s.mu)
+    nu = jax.tree.map(lambda x, v: blend(b2, v, jnp.square(x.astype(wide(x)))), g, s.nu)
+    c1, c2 = 1 - b1**count, 1 - b2**count
+
+    def direction(x: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
+      if bias_correction == 'moments':
+        u = (m / c1) / (jnp.sqrt(v / c2) + eps)
+      else:
+        u = m / (jnp.sqrt(v) + eps)
+      if bias_correction == 'step':
+        u = u * (jnp.sqrt(c2) / c1)
+      return u.astype(x.dtype)
+
+    store = lambda new, old: jax.tree.map(lambda n, o: n.astype(o.dtype), new, old)
+    out = jax.tree.map(direction, g, mu, nu)
+    return out, AdamState(count, store(mu, s.mu), store(nu, s.nu))
+
+  return optax.GradientTransformation(init, update)
+
+
+def factored_rms(**kwargs: Any) -> optax.GradientTransformation:
+  """Adafactor's factored second moment with its clip of the update's RMS to one.
+
+  `optax.scale_by_factored_rms` reads parameters only for their shape; here the
+  gradients stand in, so that it works where there are no parameters.
+
+  Args:
+    **kwargs: those of `optax.scale_by_factored_rms`; `min_dim_size_to_factor` is 128
+      there and 2 here, since low-rank gradients are thin.
+
+  Returns:
+    An `optax.GradientTransformation`.
+  """
+  inner = optax.chain(
+    optax.scale_by_factored_rms(**{'min_dim_size_to_factor': 2, **kwargs}),
+    optax.clip_by_block_rms(1.0),
+  )
+
+  def update(g: Any, s: Any, params: Any = None) -> tuple[Any, Any]:
+    return inner.update(g, s, g)
+
+  return optax.GradientTransformation(inner.init, update)

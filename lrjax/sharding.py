@@ -1,0 +1,131 @@
+"""Where optimizer state lives on a mesh, derived from where the parameters live."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lrjax.types import MatrixTransform
+from lrjax.views import LeafPlan, leaf_path
+
+# Sizes no state has by chance: an axis as long as one of them follows that side.
+_D, _K = 1_000_003, 2_000_003
+
+
+def state_specs(
+  tx: optax.GradientTransformation, params: Any, specs: Any, mesh: Mesh
+) -> Any:
+  """Partition specs of `tx.init(params)`, for any optax transformation.
+
+  In a low-rank state each axis follows the side of the matrix it runs along: a basis
+  (d, r) is split like the compressed side, moments (r, k) like the other one; stack
+  axes stay as they are and rank axes are never split.
+
+  Args:
+    tx: the transformation.
+    params: arrays or `jax.ShapeDtypeStruct`s; nothing is allocated.
+    specs: the tree of `PartitionSpec`s of the params.
+    mesh: the mesh whose axes the specs name; its axis types do not matter.
+
+  Returns:
+    The state's tree with a `PartitionSpec` for each array.
+
+  Raises:
+    ValueError: if a spec names an unknown axis or one that does not divide its
+      dimension; the leaf's path, the axis and the sizes are named.
+
+  >>> mesh = jax.make_mesh((1, 1), ('fsdp', 'tensor'))
+  >>> params = {'kernel': jax.ShapeDtypeStruct((64, 128), jnp.float32)}
+  >>> specs = {'kernel': PartitionSpec('fsdp', 'tensor')}
+  >>> import lrjax
+  >>> out = state_specs(lrjax.scale_by_galore(rank=8), params, specs, mesh)
+  >>> tuple(out.slots['kernel'].state.basis)
+  ('fsdp', None)
+  """
+  # Explicit axes make jax itself carry every placement through `init`.
+  explicit = AbstractMesh(
+    tuple(mesh.shape.values()),
+    tuple(mesh.shape),
+    axis_types=(AxisType.Explicit,) * len(mesh.shape),
+  )
+
+  def typed(path: Any, x: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+    check_spec(leaf_path(path), x.shape, spec, mesh)
+    sharding = NamedSharding(explicit, spec)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+  with jax.sharding.use_abstract_mesh(explicit):
+    state = jax.eval_shape(tx.init, jax.tree.map_with_path(typed, params, specs))
+  return jax.tree.map(lambda x: _spec(x) or PartitionSpec(), state)
+
+
+def check_spec(
+  path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh
+) -> None:
+  """Raises ValueError where a spec does not fit a shape on a mesh."""
+  if len(spec) > len(shape):
+    raise ValueError(f'leaf {path!r} of shape {shape}: {spec} names too many axes')
+  for size, names in zip(shape, spec):
+    parts = 1
+    for name in (names,) if isinstance(names, str) else names or ():
+      if name not in mesh.shape:
+        raise ValueError(
+          f'leaf {path!r}: no mesh axis {name!r}; the mesh has {dict(mesh.shape)}'
+        )
+      parts *= mesh.shape[name]
+    if size % parts:
+      raise ValueError(
+        f'leaf {path!r} of shape {shape}: dimension {size} is not divisible by'
+        f' {parts}, the size of mesh axis {names!r}'
+      )
+
+
+def place_slot(slot: Any, rule: MatrixTransform, plan: LeafPlan, x: Any) -> Any:
+  """Places the stacked state of a leaf by role, where the leaf has explicit axes."""
+  spec = _spec(x)
+  if spec is None:
+    return slot
+  assert plan.axes is not None
+  stack, ins, outs = plan.axes
+  spec = (*spec, *(None,) * (len(plan.shape) - len(spec)))
+  first, second = (ins, outs) if plan.side == 'in' else (outs, ins)
+  side = lambda axes: spec[axes[0]] if len(axes) == 1 else _merged(spec, axes)
+  by_size = {_D: side(first), _K: side(second)}
+  probe = jax.eval_shape(lambda: rule.init(jax.ShapeDtypeStruct((_D, _K), x.dtype)))
+
+  def place(x: jax.Array, one: Any) -> jax.Array:
+    roles = [by_size.get(n) for n in one.shape]
+    return jax.sharding.reshard(x, PartitionSpec(*(spec[a] for a in stack), *roles))
+
+  whole = jax.ShapeDtypeStruct((), jnp.int32)
+  return jax.tree.map(place, slot, type(slot)(whole, probe))
+
+
+def outside_explicit(f: Callable, fixed: tuple) -> Callable:
+  """`f` with explicit mesh axes handed to the compiler.
+
+  `f(*fixed, ...)` must return trees like `fixed`, and they keep its placements.
+  """
+  if not any(_spec(x) is not None for x in jax.tree.leaves(fixed)):
+    return f
+  place = lambda x: _spec(x) or PartitionSpec()
+  return jax.sharding.auto_axes(f, out_sharding=jax.tree.map(place, fixed))
+
+
+def _merged(spec: tuple, axes: tuple[int, ...]) -> Any:
+  """The spec of several axes reshaped into one: only a leading split survives."""
+  return spec[axes[0]] if not any(spec[a] for a in axes[1:]) else None
+
+
+def _spec(x: Any) -> PartitionSpec | None:
+  """The spec of an array typed with explicit axes, else None."""
+  sharding = getattr(x, 'sharding', None)
+  if isinstance(x, jax.core.Tracer):
+    sharding = getattr(jax.typeof(x), 'sharding', None)
+  if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
+    return None
+  explicit = AxisType.Explicit in sharding.mesh.axis_types
+  return sharding.spec if explicit else None

@@ -1,0 +1,264 @@
+"""Which leaves of a tree are matrices, and how each is seen as (d, k)."""
+
+import math
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lrjax.checks import closest, positive_int
+from lrjax.types import View
+
+SIDES = ('short', 'long', 'in', 'out')
+_PLAIN = re.compile(
+  r'(^|.*/)([^/]*embed[^/]*|wte|wpe|[^/]*lm_head|head|logits|[^/]*norm[^/]*|ln(_?\w)?'
+  r'|bias|scale)(/.*|$)',
+  re.IGNORECASE,
+)
+
+Rules = Sequence[tuple[str, Any]]
+Where = str | Callable[[str, Any], bool]
+
+
+class LeafPlan(NamedTuple):
+  """How one leaf is treated.
+
+  Attributes:
+    path: the leaf's path, parts joined by '/'.
+    shape: the leaf's shape.
+    axes: (stack axes, in axes, out axes) of the matrix view; None if not projected.
+    side: 'in' or 'out', the compressed side; None if not projected.
+    rank: the rank; None if not projected or without a rank.
+    reason: why the leaf is not projected; '' if it is.
+  """
+
+  path: str
+  shape: tuple[int, ...]
+  axes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None = None
+  side: str | None = None
+  rank: int | None = None
+  reason: str = ''
+
+  @property
+  def stack(self) -> tuple[int, ...]:
+    """Sizes of the stack axes."""
+    assert self.axes is not None
+    return tuple(self.shape[a] for a in self.axes[0])
+
+  @property
+  def matrix(self) -> tuple[int, int]:
+    """(d, k): the compressed side and the other one."""
+    assert self.axes is not None
+    _, ins, outs = self.axes
+    size = lambda axes: math.prod(self.shape[a] for a in axes)
+    return (size(ins), size(outs)) if self.side == 'in' else (size(outs), size(ins))
+
+
+def leaf_path(path: Sequence[Any]) -> str:
+  """A key path as 'layers/attn/q/kernel'; the trailing 'value' of nnx is dropped."""
+  text = jax.tree_util.keystr(tuple(path), simple=True, separator='/')
+  return text.removesuffix('/value')
+
+
+def hidden_kernels(path: str, leaf: Any) -> bool:
+  """The default choice of leaves: matrices that are not embeddings, heads or norms.
+
+  A leaf is refused if a part of its path holds `embed` or `norm` or is `wte`, `wpe`,
+  `lm_head`, `head`, `logits`, `ln`, `bias` or `scale`.
+
+  Args:
+    path: the leaf's path, parts joined by '/'.
+    leaf: the leaf, or anything with a shape.
+
+  Returns:
+    Whether the leaf is to be projected.
+
+  >>> import jax.numpy as jnp
+  >>> hidden_kernels('layers/attn/q/kernel', jnp.zeros((2, 8, 8)))
+  True
+  >>> hidden_kernels('lm_head/kernel', jnp.zeros((8, 8)))
+  False
+  """
+  return len(leaf.shape) >= 2 and not _PLAIN.match(path)
+
+
+def by_rule(rules: Rules, path: str, default: Any = None) -> Any:
+  """The value of the first rule whose pattern is found in `path`."""
+  return next((v for pattern, v in rules if re.search(pattern, path)), default)
+
+
+def planner(
+  rank: Any, side: str, where: Where | None, weight_dimension_numbers: Any
+) -> Callable[[Any], list[tuple[LeafPlan, jax.Array]]]:
+  """Checks the arguments of `on_matrices` and returns `tree -> [(plan, leaf)]`."""
+  if side not in SIDES:
+    raise ValueError(f'unknown `side` {side!r}; {closest(str(side), SIDES)}')
+  check_rank(rank)
+  choose = _chooser(where)
+  views = _views(weight_dimension_numbers)
+
+  def plan_tree(tree: Any) -> list[tuple[LeafPlan, jax.Array]]:
+    leaves = [(leaf_path(p), x) for p, x in jax.tree.leaves_with_path(tree)]
+    view_of = views(tree)
+    plans = [(plan_leaf(p, x, view_of(p), choose, rank, side), x) for p, x in leaves]
+    _warn_unmatched('rank', rank, [p for p, _ in leaves])
+    _warn_unmatched(
+      'weight_dimension_numbers', weight_dimension_numbers, [p for p, _ in leaves]
+    )
+    return plans
+
+  return plan_tree
+
+
+def plan_leaf(
+  path: str, x: Any, view: Any, choose: Callable, rank: Any, side: str
+) -> LeafPlan:
+  """Decides whether and how one leaf is projected."""
+  shape = tuple(x.shape)
+  check_leaf(path, x)
+  if not choose(path, x):
+    return LeafPlan(path, shape, reason='not chosen')
+  if view is None or len(shape) < 2:
+    return LeafPlan(path, shape, reason='not a matrix')
+  axes = split_axes(path, shape, view)
+  sizes = [math.prod(shape[a] for a in axes[i]) for i in (1, 2)]
+  side = {
+    'short': 'in' if sizes[0] <= sizes[1] else 'out',
+    'long': 'in' if sizes[0] >= sizes[1] else 'out',
+  }.get(side, side)
+  r = rank_of(rank, path, min(sizes))
+  if r is None and rank is not None:
+    return LeafPlan(path, shape, reason='no rank rule')
+  if r is not None and min(sizes) <= r:
+    if min(sizes) < r:
+      warnings.warn(
+        f'{path} {shape}: rank {r} exceeds its short side {min(sizes)}, so it goes to'
+        f' the plain optimizer at no loss',
+        stacklevel=2,
+      )
+    return LeafPlan(path, shape, reason=f'not larger than rank {r}')
+  return LeafPlan(path, shape, axes, side, r)
+
+
+def check_leaf(path: str, x: Any) -> None:
+  """Refuses leaves no optimizer can train."""
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    raise TypeError(
+      f'leaf {path!r} has dtype {x.dtype}; real floating point is needed (exclude it'
+      f' with optax.masked or optax.partition)'
+    )
+  if 0 in x.shape:
+    raise ValueError(f'leaf {path!r} of shape {tuple(x.shape)} holds no elements')
+
+
+def split_axes(path: str, shape: tuple[int, ...], view: Any) -> tuple:
+  """(stack, in, out) axes of a view, non-negative, checked against the shape."""
+  tuples = []
+  for name in ('reduction_axis', 'output_axis'):
+    axes = getattr(view, name)
+    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    if not axes or any(not -len(shape) <= a < len(shape) for a in axes):
+      raise ValueError(
+        f'leaf {path!r} of shape {shape}: {name} {getattr(view, name)!r} names axes it'
+        f' does not have; allowed: {-len(shape)} to {len(shape) - 1}'
+      )
+    tuples.append(tuple(a % len(shape) for a in axes))
+  ins, outs = tuples
+  if len({*ins, *outs}) < len(ins) + len(outs):
+    raise ValueError(f'leaf {path!r} of shape {shape}: {view} uses an axis twice')
+  stack = tuple(a for a in range(len(shape)) if a not in ins and a not in outs)
+  return stack, ins, outs
+
+
+def check_rank(rank: Any) -> None:
+  """Accepts None, an int, a fraction in (0, 1), or rules `[(pattern, any of these)]`."""
+  if isinstance(rank, (list, tuple)):
+    for pattern, value in rank:
+      re.compile(pattern)
+      check_rank(value)
+  elif isinstance(rank, float) and not rank.is_integer():
+    if not 0.0 < rank < 1.0:
+      raise ValueError(f'a fractional `rank` must lie between 0 and 1, got {rank}')
+  elif rank is not None:
+    positive_int('rank', rank)
+
+
+def rank_of(rank: Any, path: str, short: int) -> int | None:
+  """The rank of a matrix whose short side is `short`."""
+  if isinstance(rank, (list, tuple)):
+    rank = by_rule(rank, path)
+  if isinstance(rank, float):
+    return max(1, round(rank * short))
+  return rank
+
+
+def to_matrix(x: jax.Array, plan: LeafPlan) -> jax.Array:
+  """A leaf as (*stack, d, k)."""
+  assert plan.axes is not None
+  stack, ins, outs = plan.axes
+  first, second = (ins, outs) if plan.side == 'in' else (outs, ins)
+  x = jnp.transpose(x, (*stack, *first, *second))
+  return x.reshape(*plan.stack, *plan.matrix)
+
+
+def from_matrix(x: jax.Array, plan: LeafPlan) -> jax.Array:
+  """The inverse of `to_matrix`."""
+  assert plan.axes is not None
+  stack, ins, outs = plan.axes
+  first, second = (ins, outs) if plan.side == 'in' else (outs, ins)
+  order = (*stack, *first, *second)
+  x = x.reshape([plan.shape[a] for a in order])
+  return jnp.transpose(x, sorted(range(len(order)), key=order.__getitem__))
+
+
+def _chooser(where: Where | None) -> Callable[[str, Any], bool]:
+  if where is None:
+    return hidden_kernels
+  if isinstance(where, str):
+    pattern = re.compile(where)
+    return lambda path, leaf: len(leaf.shape) >= 2 and bool(pattern.search(path))
+  return where
+
+
+def _is_view(x: Any) -> bool:
+  return hasattr(x, 'reduction_axis') and hasattr(x, 'output_axis')
+
+
+def _is_rules(x: Any) -> bool:
+  return isinstance(x, (list, tuple)) and all(
+    isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], str)
+    for rule in x
+  )
+
+
+def _views(spec: Any) -> Callable[[Any], Callable[[str], Any]]:
+  """`tree -> path -> View` for the five forms of `weight_dimension_numbers`."""
+  if spec is None or _is_view(spec):
+    return lambda tree: lambda path: spec or View()
+  if _is_rules(spec):
+    return lambda tree: lambda path: by_rule(spec, path, View())
+
+  def from_tree(tree: Any) -> Callable[[str], Any]:
+    # Kept by path, so that it still fits a tree of which optax masked a part.
+    views = spec(tree) if callable(spec) else spec
+    leaf = lambda x: x is None or _is_view(x) or isinstance(x, optax.MaskedNode)
+    table = {leaf_path(p): v for p, v in jax.tree.leaves_with_path(views, is_leaf=leaf)}
+    return table.get
+
+  return from_tree
+
+
+def _warn_unmatched(name: str, rules: Any, paths: list[str]) -> None:
+  """Warns of rules that match no leaf; a tree without leaves is only a placeholder."""
+  if not paths or _is_view(rules) or not _is_rules(rules):
+    return
+  for pattern, _ in rules:
+    if not any(re.search(pattern, p) for p in paths):
+      warnings.warn(
+        f'the `{name}` rule {pattern!r} matches no leaf; leaves: {", ".join(paths)}',
+        stacklevel=3,
+      )
