@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lrjax.matrices import MatricesState, Slot
+from lrjax.matrices import MatricesState, Slot, nodes
 from lrjax.recording import Row, recording, tree_bytes
 from lrjax.views import leaf_path
 
@@ -93,15 +93,10 @@ def health(state: Any) -> dict[str, jax.Array]:
   >>> {k: int(v) for k, v in health(state).items()}
   {'skipped_steps': 1, 'overdue_refreshes': 0}
   """
-  found = _nodes(state, MatricesState)
+  found = nodes(state, MatricesState)
   zero = jnp.zeros([], jnp.int32)
-  slots = [s for m in found for s in _nodes(m.slots, Slot)]
+  slots = [s for m in found for s in nodes(m.slots, Slot)]
   return dict(
     skipped_steps=sum((m.skipped for m in found), zero),
     overdue_refreshes=jnp.max(jnp.array([zero, *(s.overdue.max() for s in slots)])),
   )
-
-
-def _nodes(tree: Any, kind: type) -> list:
-  is_kind = lambda x: isinstance(x, kind)
-  return [x for x in jax.tree.leaves(tree, is_leaf=is_kind) if is_kind(x)]

@@ -184,6 +184,12 @@ def on_matrices(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
+def nodes(tree: Any, kind: type) -> list:
+  """All subtrees of one type, the states of lrjax inside an optax state for example."""
+  is_kind = lambda x: isinstance(x, kind)
+  return [x for x in jax.tree.leaves(tree, is_leaf=is_kind) if is_kind(x)]
+
+
 class _Matrices(NamedTuple):
   """One leaf at work; `ok` (may be used) and `nonzero` are flags (*stack)."""
 

@@ -164,11 +164,16 @@ def runs_inside_wrappers(tx: Transform) -> None:
 def sees_only_its_part(tx: Transform) -> None:
   """In a partition the other group's leaves are left to the other transformation."""
   params, grads = example()
-  both = optax.partition({'a': tx, 'b': optax.sgd(0.5)}, {'q': 'a', 'stack': 'b', 'norm': 'b'})
+  both = optax.partition(
+    {'a': tx, 'b': optax.sgd(0.5)}, {'q': 'a', 'stack': 'b', 'norm': 'b'}
+  )
   out, _ = trajectory(both, params, grads)
   want, _ = trajectory(tx, {'q': params['q']}, [{'q': g['q']} for g in grads])
   _close([u['q'] for u in out], [u['q'] for u in want])
-  _close([u['stack'] for u in out], [jax.tree.map(lambda x: -0.5 * x, g['stack']) for g in grads])
+  _close(
+    [u['stack'] for u in out],
+    [jax.tree.map(lambda x: -0.5 * x, g['stack']) for g in grads],
+  )
 
 
 def accumulates(tx: Transform) -> None:
@@ -213,7 +218,9 @@ def stacks(tx: Transform) -> None:
   out, _ = trajectory(tx, params, grads)
   for i in range(2):
     want, _ = trajectory(tx, one(params, i), [one(g, i) for g in grads])
-    _close([u['stack']['kernel'][i] for u in out], [u['stack']['kernel'] for u in want], 1e-4)
+    _close(
+      [u['stack']['kernel'][i] for u in out], [u['stack']['kernel'] for u in want], 1e-4
+    )
 
 
 def holds_still_on_bad_gradients(tx: Transform) -> None:
@@ -227,9 +234,13 @@ def holds_still_on_bad_gradients(tx: Transform) -> None:
     assert all(not x.any() for x in jax.tree.leaves(out[at])), f'{bad} moved parameters'
     _same(out[:at] + out[at + 1 :], want)
     skipped = [
-      (a, b) for a, b in zip(*map(jax.tree.leaves, (state, want_state))) if not _equal(a, b)
+      (a, b)
+      for a, b in zip(*map(jax.tree.leaves, (state, want_state)))
+      if not _equal(a, b)
     ]
-    assert all(a.dtype == jnp.int32 and a == b + 1 for a, b in skipped), 'state was touched'
+    assert all(a.dtype == jnp.int32 and a == b + 1 for a, b in skipped), (
+      'state was touched'
+    )
     assert skipped, 'the skipped step is not counted'
 
 
@@ -244,28 +255,18 @@ def orbax_round_trip(tx: Transform) -> None:
     ocp.save(f'{d}/state', state)
     restored = ocp.load(f'{d}/state', abstract)
   _same(restored, state)
-  _same(trajectory(tx, params, grads[2:], restored), trajectory(tx, params, grads[2:], state))
+  _same(
+    trajectory(tx, params, grads[2:], restored),
+    trajectory(tx, params, grads[2:], state),
+  )
 
 
 def shards_like_one_device(tx: Transform) -> None:
   """On a 2 x 2 mesh, automatic or explicit, all is as on one device; one compilation."""
   params, grads = example()
   want, _ = trajectory(tx, params, grads)
-  for kind in (AxisType.Auto, AxisType.Explicit):
-    mesh = jax.make_mesh((2, 2), ('fsdp', 'tensor'), axis_types=(kind,) * 2)
-    named = lambda specs: jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
-    specs = state_specs(tx, params, SPECS, mesh)
-    put = lambda tree: jax.device_put(tree, named(SPECS))
-    with jax.set_mesh(mesh):
-      p = put(params)
-      state = jax.jit(tx.init, out_shardings=named(specs))(p)
-      if kind == AxisType.Explicit:
-        _same_placement(jax.jit(tx.init)(p), state)
-      update = jax.jit(tx.update, out_shardings=(named(SPECS), named(specs)))
-      for g, w in zip(grads, want):
-        u, state = update(put(g), state, p)
-        _close(jax.device_get(u), w, 1e-4)
-    assert update._cache_size() == 1, f'{kind}: {update._cache_size()} compilations'
+  _shards_on(tx, params, grads, want, AxisType.Auto)
+  _shards_on(tx, params, grads, want, AxisType.Explicit)
 
 
 CHECKS: tuple[Callable[[Transform], None], ...] = (
@@ -285,6 +286,25 @@ CHECKS: tuple[Callable[[Transform], None], ...] = (
   orbax_round_trip,
   shards_like_one_device,
 )
+
+
+def _shards_on(
+  tx: Transform, params: Any, grads: Any, want: Any, kind: AxisType
+) -> None:
+  mesh = jax.make_mesh((2, 2), ('fsdp', 'tensor'), axis_types=(kind,) * 2)
+  named = lambda specs: jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
+  specs = state_specs(tx, params, SPECS, mesh)
+  put = lambda tree: jax.device_put(tree, named(SPECS))
+  with jax.set_mesh(mesh):
+    p = put(params)
+    state = jax.jit(tx.init, out_shardings=named(specs))(p)
+    if kind == AxisType.Explicit:
+      _same_placement(jax.jit(tx.init)(p), state)
+    update = jax.jit(tx.update, out_shardings=(named(SPECS), named(specs)))
+    for g, w in zip(grads, want):
+      u, state = update(put(g), state, p)
+      _close(jax.device_get(u), w, 1e-4)
+  assert update._cache_size() == 1, f'{kind}: {update._cache_size()} compilations'
 
 
 def _types(tree: Any) -> Any:

@@ -19,7 +19,9 @@ METHODS = {
   'galore_subspace_lion': lrjax.scale_by_galore(
     **SMALL, basis='subspace_iteration', base_optimizer=optax.scale_by_lion()
   ),
-  'galore_factored': lrjax.scale_by_galore(**SMALL, base_optimizer=lrjax.factored_rms()),
+  'galore_factored': lrjax.scale_by_galore(
+    **SMALL, base_optimizer=lrjax.factored_rms()
+  ),
   'galore_bf16_basis': lrjax.scale_by_galore(**SMALL, basis_dtype=jnp.bfloat16),
   'galore_decayed': lrjax.galore(1e-2, **SMALL, weight_decay=0.1),
 }

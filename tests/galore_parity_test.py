@@ -18,7 +18,9 @@ VECTORS = pathlib.Path(__file__).parent / 'parity' / 'galore_torch.npz'
 def test_equals_galore_torch(name):
   with np.load(VECTORS, allow_pickle=False) as f:
     meta = json.loads(str(f['meta']))
-    start, grads, expected = (f[f'{name}/{k}'] for k in ('start', 'gradients', 'params'))
+    start, grads, expected = (
+      f[f'{name}/{k}'] for k in ('start', 'gradients', 'params')
+    )
   # The code of that package corrects the bias of the step, has eps 1e-6, and decays
   # the weights after the update instead of before.
   inner = lrjax.adam(eps=1e-6, bias_correction='step')
@@ -52,7 +54,12 @@ def test_long_side_equals_optax(shape):
   rng = np.random.default_rng(0)
   grads = [{'w': rng.standard_normal(shape, np.float32)} for _ in range(8)]
   ours = lrjax.scale_by_galore(
-    4, 3, 1.0, optax.scale_by_adam(), side='long', basis=lambda r: lrjax.svd(r, signs=False)
+    4,
+    3,
+    1.0,
+    optax.scale_by_adam(),
+    side='long',
+    basis=lambda r: lrjax.svd(r, signs=False),
   )
   theirs = optax.contrib.scale_by_galore(4, 3, 1.0)
   for a, b in zip(run(ours, grads), run(theirs, grads)):
@@ -73,7 +80,9 @@ def test_optax_dimension_numbers_are_accepted():
   spec = optax.contrib.GaLoreDimensionNumbers(0, (1, 2))
   grads = [{'q': rng.standard_normal((24, 4, 3), np.float32)} for _ in range(3)]
   args = dict(rank=2, update_proj_gap=3, scale=1.0)
-  ours = lrjax.scale_by_galore(**args, side='long', weight_dimension_numbers={'q': spec})
+  ours = lrjax.scale_by_galore(
+    **args, side='long', weight_dimension_numbers={'q': spec}
+  )
   theirs = optax.contrib.scale_by_galore(**args, weight_dimension_numbers={'q': spec})
   for a, b in zip(run(ours, grads), run(theirs, grads)):
     np.testing.assert_allclose(a['q'], b['q'], atol=1e-5)

@@ -2,9 +2,12 @@
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from lrjax.checks import finite
+from lrjax.matrices import MatricesState, nodes
 
 
 def assemble(
@@ -13,10 +16,12 @@ def assemble(
   weight_decay: float = 0.0,
   mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Chains a rule, decoupled weight decay in full space, and the learning rate.
+  """A rule, then decoupled weight decay in full space, then the learning rate.
+
+  On a step the rule does not take, weights do not decay and schedules stand still.
 
   Args:
-    rule: a transformation without learning rate.
+    rule: a transformation made by `on_matrices`, without learning rate.
     learning_rate: a number or a schedule.
     weight_decay: strength of the decay, times the learning rate; 0 leaves it out, and
       with it the need for params at `update`.
@@ -34,4 +39,19 @@ def assemble(
   decay = []
   if not isinstance(weight_decay, (int, float)) or weight_decay > 0:
     decay = [optax.add_decayed_weights(weight_decay, mask)]
-  return optax.chain(rule, *decay, optax.scale_by_learning_rate(learning_rate))
+  rule = optax.with_extra_args_support(rule)
+  tail = optax.chain(*decay, optax.scale_by_learning_rate(learning_rate))
+
+  def init(params: Any) -> tuple:
+    return rule.init(params), tail.init(params)
+
+  def update(updates: Any, state: tuple, params: Any = None, **extra: Any) -> tuple:
+    u, rule_state = rule.update(updates, state[0], params, **extra)
+    out, tail_state = tail.update(u, state[1], params, **extra)
+    old, new = (nodes(s, MatricesState)[0].count for s in (state[0], rule_state))
+    taken = old != new
+    out = jax.tree.map(lambda x: jnp.where(taken, x, 0), out)
+    held = jax.tree.map(lambda n, o: jnp.where(taken, n, o), tail_state, state[1])
+    return out, (rule_state, held)
+
+  return optax.GradientTransformationExtraArgs(init, update)
