@@ -185,8 +185,11 @@ def _check_lengths(config, stats):
 
 
 def _key(config, tokenizer):
-  about = (_LAYOUT, sources.identity(config), tokenizer.fingerprint)
-  return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+  return _digest([_LAYOUT, sources.identity(config), tokenizer.fingerprint])[:32]
+
+
+def _digest(value):
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _build(config, tokenizer, directory):
@@ -201,8 +204,9 @@ def _build(config, tokenizer, directory):
         for split in _SPLITS
       }
       stats = _tokenize(config, tokenizer, files)
+    plain = {split: s._asdict() for split, s in stats.items()}
     with open(os.path.join(building, 'stats.json'), 'w', encoding='utf-8') as file:
-      json.dump({split: s._asdict() for split, s in stats.items()}, file, indent=2)
+      json.dump({'stats': plain, 'sha256': _digest(plain)}, file, indent=2)
     os.rename(building, directory)
   except OSError:
     # Another process of the same run may have been first; its files are as good.
@@ -215,14 +219,15 @@ def _build(config, tokenizer, directory):
 def _open(directory):
   try:
     with open(os.path.join(directory, 'stats.json'), encoding='utf-8') as file:
-      stats = {split: SplitStats(**s) for split, s in json.load(file).items()}
+      content = json.load(file)
+    stats = {split: SplitStats(**s) for split, s in content['stats'].items()}
     tokens = {
       split: np.load(
         os.path.join(directory, f'{split}.npy'), mmap_mode='r', allow_pickle=False
       )
       for split in _SPLITS
     }
-    sound = all(
+    sound = content['sha256'] == _digest(content['stats']) and all(
       hashlib.sha256(tokens[split]).hexdigest() == stats[split].tokens_sha256
       for split in _SPLITS
     )

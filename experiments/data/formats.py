@@ -133,26 +133,24 @@ def _read_array_record(path, key):
   from array_record.python import array_record_module
 
   reader = array_record_module.ArrayRecordReader(path)
-  try:
-    # A broken file does not raise: it has no records and is not ok.
-    if not reader.ok():
-      raise ValueError(f'{path} is not a whole ArrayRecord file')
-    total = reader.num_records()
-    for start in range(0, total, _BLOCK):
-      stop = min(start + _BLOCK, total)
-      try:
-        records = reader.read(start, stop)
-      except Exception as error:
-        raise ValueError(f'{path}, records {start} to {stop - 1}: {error}') from error
-      for number, record in enumerate(records, start):
-        where = f'{path}, record {number}'
-        if key:
-          yield _json_text(record, key, where)
-        else:
-          _check_utf8(record, where)
-          yield record
-  finally:
-    reader.close()
+  # A broken file does not raise here: it has no records and is not ok.
+  if not reader.ok():
+    raise ValueError(f'{path} is not a whole ArrayRecord file')
+  total = reader.num_records()
+  for start in range(0, total, _BLOCK):
+    stop = min(start + _BLOCK, total)
+    try:
+      records = reader.read(start, stop)
+    except Exception as error:
+      raise ValueError(f'{path}, records {start} to {stop - 1}: {error}') from error
+    for number, record in enumerate(records, start):
+      where = f'{path}, record {number}'
+      if key:
+        yield _json_text(record, key, where)
+      else:
+        _check_utf8(record, where)
+        yield record
+  reader.close()
 
 
 _READERS = {

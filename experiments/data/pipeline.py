@@ -13,6 +13,11 @@ if TYPE_CHECKING:
   import grain  # imports jax and array_record: left to the functions that need it
 
 
+# Windows of a training stream. Not sys.maxsize, as without a number of epochs: grain
+# computes the length of a batched stream in floating point, exact up to here.
+_ENDLESS = 2**52
+
+
 def train_batches(
   corpus: Corpus, seed: int, *, host: int = 0, hosts: int = 1
 ) -> grain.IterDataset:
@@ -44,7 +49,7 @@ def train_batches(
 
   rows = _rows(corpus.config.batch_size, host, hosts)
   windows = grain.MapDataset.source(_TrainWindows(corpus))
-  shuffled = windows.seed(seed).shuffle().repeat()
+  shuffled = windows.seed(seed).shuffle().repeat(_ENDLESS // len(windows))
   return shuffled[host::hosts].batch(rows).to_iter_dataset(_read_options())
 
 

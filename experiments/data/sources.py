@@ -136,10 +136,12 @@ def _cut(name, path, valid_fraction):
 
 
 def _synthetic(config):
-  for i, text in enumerate(
-    synthetic.texts(config.synthetic_bytes, config.synthetic_seed)
-  ):
-    yield Document(str(i), text, split_of(str(i), config.valid_fraction))
+  fraction = config.valid_fraction
+  generated = synthetic.texts(config.synthetic_bytes, config.synthetic_seed)
+  for i, text in enumerate(generated):
+    # Evenly, not by a hash: so that a small text has a validation split as well.
+    split = 'valid' if int((i + 1) * fraction) > int(i * fraction) else 'train'
+    yield Document(str(i), text, split)
 
 
 def _hub(config):

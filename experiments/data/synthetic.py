@@ -6,7 +6,7 @@ import numpy as np
 
 _WORDS = 64
 _SUCCESSORS = 4
-_WORDS_PER_TEXT = 256
+_WORDS_PER_TEXT = 64
 _LETTERS = 'abcdefghijklmnopqrstuvwxyz'
 
 
