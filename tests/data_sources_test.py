@@ -4,6 +4,7 @@ import collections
 import hashlib
 import json
 import random
+import sys
 
 import pytest
 
@@ -192,9 +193,10 @@ def test_synthetic_text_is_the_same_everywhere():
 
 
 @pytest.fixture
-def offline(monkeypatch, tmp_path):
-  monkeypatch.setenv('HF_HUB_OFFLINE', '1')
-  monkeypatch.setenv('HF_HOME', str(tmp_path / 'home'))
+def offline(monkeypatch):
+  import datasets
+
+  monkeypatch.setattr(datasets.config, 'HF_HUB_OFFLINE', True)
 
 
 @pytest.mark.parametrize('builder', ['json', 'parquet'])
@@ -227,3 +229,9 @@ def test_hub_split_by_hash_and_errors(tmp_path, offline):
   with pytest.raises(DataError, match='json: record 0 cannot be read') as caught:
     list(documents(DataConfig(**fields)))
   assert caught.value.__cause__ is not None
+
+
+def test_hub_without_its_package(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'datasets', None)
+  with pytest.raises(ImportError, match="source='hub' needs the package `datasets`"):
+    list(documents(DataConfig(source='hub', hub_name='allenai/c4')))

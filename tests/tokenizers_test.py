@@ -6,7 +6,12 @@ import random
 import numpy as np
 import pytest
 
-from experiments.data import check_vocab_size, load_tokenizer
+from experiments.data import (
+  DataConfig,
+  check_vocab_size,
+  load_corpus,
+  load_tokenizer,
+)
 
 TEXT = 'def naïve(x):\n  return "日本 🎉" * x\n'
 
@@ -89,15 +94,43 @@ def test_fingerprint_tells_files_and_end_tokens_apart(tokenizer_json, tmp_path):
   assert len(prints) == 4
 
 
-def test_vocab_size_is_one_more_than_the_largest_token(tokenizer_json, tmp_path):
-  with open(tokenizer_json, encoding='utf-8') as file:
+def with_token(path, number, tmp_path):
+  """The tokenizer with one more token of the given number."""
+  with open(path, encoding='utf-8') as file:
     content = json.load(file)
-  content['added_tokens'].append({**content['added_tokens'][0], 'id': 500,
-                                  'content': '<far>'})  # fmt: skip
-  content['model']['vocab']['<far>'] = 500
-  path = tmp_path / 'gap.json'
-  path.write_text(json.dumps(content))
-  assert load_tokenizer(str(path)).vocab_size == 501
+  added = {**content['added_tokens'][0], 'id': number, 'content': '<far>'}
+  content['added_tokens'].append(added)
+  content['model']['vocab']['<far>'] = number
+  (tmp_path / 'far.json').write_text(json.dumps(content))
+  return str(tmp_path / 'far.json')
+
+
+def test_vocab_size_is_one_more_than_the_largest_token(tokenizer_json, tmp_path):
+  path = with_token(tokenizer_json, 500, tmp_path)
+  assert load_tokenizer(path).vocab_size == 501
+
+
+def test_corpus_of_json_tokens(tokenizer_json, tmp_path):
+  (tmp_path / 'text').mkdir()
+  for i in range(8):
+    (tmp_path / 'text' / f'{i}.txt').write_text(f'{i} ' + TEXT)
+  config = DataConfig(
+    source='files',
+    paths=(str(tmp_path / 'text'),),
+    tokenizer=tokenizer_json,
+    valid_fraction=0.5,
+  )
+  corpus = load_corpus(config)
+  for split in ('train', 'valid'):
+    tokens = corpus.tokens[split]
+    assert tokens.dtype == np.uint16
+    texts = corpus.tokenizer.decode(tokens).split('</s>')
+    assert len(texts) == corpus.stats[split].documents + 1 and texts[-1] == ''
+    assert all(text.endswith(TEXT) for text in texts[:-1])
+  far = with_token(tokenizer_json, 1 << 17, tmp_path)
+  wide = load_corpus(DataConfig(**{**vars(config), 'tokenizer': far}))
+  assert wide.tokens['train'].dtype == np.uint32
+  np.testing.assert_array_equal(wide.tokens['train'], corpus.tokens['train'])
 
 
 def test_vocabulary_mismatch():

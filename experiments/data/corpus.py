@@ -2,9 +2,10 @@
 
 Training and validation windows are slices of these arrays, so every source has random
 access, and the cost of resuming does not depend on the step. What it costs instead is
-one pass over the source before the first step; with a `cache_dir` that pass is made
-once, its result is a memory-mapped file, and later starts only read it through to
-check its digest.
+one pass over the source before the first step, by every process for itself; with a
+`cache_dir` it is one pass for each machine, its result is a memory-mapped file, and
+later starts only read it through to check its digest. A pass that is interrupted
+starts again at the first document.
 """
 
 import contextlib
@@ -129,7 +130,8 @@ class _TokenFile:
   def add(self, document):
     self._documents += 1
     self._bytes += len(document.text)
-    self._text.update(f'{document.name}\0{len(document.text)}\0'.encode())
+    header = f'{document.name}\0{len(document.text)}\0'
+    self._text.update(header.encode('utf-8', 'surrogateescape'))
     self._text.update(document.text)
     self._pending.append(document.text)
     self._pending_bytes += len(document.text)

@@ -141,10 +141,10 @@ def _read_options():
 
 def _rows(batch_size, host, hosts):
   """Rows of a global batch that one host has."""
-  if batch_size < 1 or batch_size % hosts:
-    raise ValueError(f'batch_size={batch_size} must be a multiple of hosts={hosts}')
   if not 0 <= host < hosts:
     raise ValueError(f'host={host} must be at least 0 and less than hosts={hosts}')
+  if batch_size < 1 or batch_size % hosts:
+    raise ValueError(f'batch_size={batch_size} must be a multiple of hosts={hosts}')
   return batch_size // hosts
 
 

@@ -1,4 +1,10 @@
-"""Where text comes from: every source is a stream of documents, each of one split."""
+"""Where text comes from: every source is a stream of documents, each of one split.
+
+A text file is a document, and so is each record of the other formats. A hash of the
+name (the path relative to the directory that was given, then `#` and the number of the
+record) decides the split, unless validation has paths or a hub split of its own.
+A single text file is cut: its end is the validation split.
+"""
 
 import hashlib
 import itertools
@@ -65,7 +71,9 @@ def split_of(name: str, valid_fraction: float) -> str:
   >>> [split_of(f'{i}.py', 0.5) for i in range(4)]
   ['valid', 'valid', 'train', 'train']
   """
-  draw = int.from_bytes(hashlib.sha256(name.encode('utf-8')).digest()[:8], 'big')
+  draw = int.from_bytes(
+    hashlib.sha256(name.encode('utf-8', 'surrogateescape')).digest()[:8], 'big'
+  )
   return 'valid' if draw < valid_fraction * 2.0**64 else 'train'
 
 
@@ -126,7 +134,7 @@ def _format(path, config):
 
 
 def _cut(name, path, valid_fraction):
-  """A single text cannot be split by file: its end is for validation."""
+  """A single text in two; `valid_fraction` is of its bytes."""
   (text,) = formats.read(path, 'text', '')
   cut = int(len(text) * (1 - valid_fraction))
   while 0 < cut < len(text) and text[cut] & 0xC0 == 0x80:  # within a character
@@ -150,25 +158,26 @@ def _hub(config):
   except ImportError as error:
     raise ImportError("source='hub' needs the package `datasets`") from error
 
-  splits = [('train', config.hub_split, config.hub_documents, config.paths)]
+  wanted = {'train': (config.hub_split, config.hub_documents)}
+  files = {config.hub_split: config.paths}
   if config.hub_valid_split:
-    splits.append(('valid', config.hub_valid_split, config.hub_valid_documents,
-                   config.valid_paths))  # fmt: skip
-  for split, name, limit, _ in splits:
+    wanted['valid'] = (config.hub_valid_split, config.hub_valid_documents)
+    files[config.hub_valid_split] = config.valid_paths
+  for split, (hub_split, limit) in wanted.items():
     stream = datasets.load_dataset(
       config.hub_name,
       config.hub_config,
-      data_files={s: list(paths) for _, s, _, paths in splits if paths} or None,
-      split=name,
+      data_files={s: list(paths) for s, paths in files.items() if paths} or None,
+      split=hub_split,
       revision=config.hub_revision,
       streaming=True,
     )
-    for index, record in _records(itertools.islice(stream, limit), config.hub_name):
-      record_name = f'{name}#{index}'
-      text = formats.text_field(record, config.text_key,
-                                f'{config.hub_name}, {record_name}')  # fmt: skip
-      by_hash = split_of(record_name, config.valid_fraction)
-      yield Document(record_name, text, split if config.hub_valid_split else by_hash)
+    for index, record in _records(stream.take(limit), config.hub_name):
+      name = f'{hub_split}#{index}'
+      where = f'{config.hub_name}, {name}'
+      text = formats.text_field(record, config.text_key, where)
+      by_hash = split_of(name, config.valid_fraction)
+      yield Document(name, text, split if 'valid' in wanted else by_hash)
 
 
 def _records(stream, source):
