@@ -1,4 +1,4 @@
-"""A checksum of arrays that is the same on every mesh, device count and host.
+"""Checksums: of arrays, the same on every mesh and host, and of JSON records.
 
 With b the bits of an element as unsigned integers, i its index and mix a bijection
 of 32 bits, a leaf's digest is two sums modulo 2^32,
@@ -8,6 +8,9 @@ of 32 bits, a leaf's digest is two sums modulo 2^32,
 which do not depend on the order of summation, hence not on the sharding.
 """
 
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -60,6 +63,58 @@ def by_path(tree: Any) -> dict[str, Any]:
   """Returns leaf path -> leaf, with paths written `a/b/0`."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {jax.tree_util.keystr(k, simple=True, separator='/'): x for k, x in leaves}
+
+
+def seal(record: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a JSON object that holds the record and its checksum.
+
+  >>> unseal(seal({'step': 7}))
+  {'step': 7}
+  """
+  # Through text and back, so that what is summed is what a reader will get.
+  record = json.loads(json.dumps(record))
+  return {'record': record, 'sha256': _sha256(record)}
+
+
+def unseal(sealed: Any) -> dict[str, Any]:
+  """Returns the record.
+
+  Raises:
+    ValueError: the object is not a sealed record, or was altered.
+  """
+  if not isinstance(sealed, dict) or {*sealed} != {'record', 'sha256'}:
+    raise ValueError('no sealed record')
+  if _sha256(sealed['record']) != sealed['sha256']:
+    raise ValueError('the record does not have its checksum')
+  return sealed['record']
+
+
+def differences(
+  saved: Mapping, now: Mapping, allow_change: Iterable[str] = ()
+) -> Iterator[str]:
+  """Yields a line for each dotted key whose JSON value differs.
+
+  >>> print(*differences({'lr': 1, 'data': {'seed': 0}}, {'lr': 1, 'data': {}}))
+  data.seed: saved 0, now absent
+  """
+  allowed = [*allow_change]
+  saved, now = dict(_flat(saved)), dict(_flat(now))
+  for key in dict.fromkeys([*saved, *now]):
+    a, b = saved.get(key, 'absent'), now.get(key, 'absent')
+    if a != b and not any(f'{key}.'.startswith(f'{prefix}.') for prefix in allowed):
+      yield f'{key}: saved {a}, now {b}'
+
+
+def _flat(tree, prefix=''):
+  for key, value in tree.items():
+    if isinstance(value, Mapping) and value:
+      yield from _flat(value, f'{prefix}{key}.')
+    else:
+      yield f'{prefix}{key}', json.dumps(value, sort_keys=True)
+
+
+def _sha256(record):
+  return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _array(path, x):

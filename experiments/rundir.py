@@ -92,11 +92,11 @@ def on_process_0(decide: Callable[[], Any]) -> Any:
   answer, error = {}, None
   if jax.process_index() == 0:
     try:
-      answer = dict(value=decide())
+      answer = {'value': decide()}
     except Exception as e:
       # Raising alone would leave the other processes waiting in a collective.
       error = e
-      answer = dict(error=type(e).__name__, message=f'{e} (on process 0)')
+      answer = {'error': type(e).__name__, 'message': f'{e} (on process 0)'}
   answer = json.loads(_broadcast(json.dumps(answer).encode()))
   if error is not None:
     raise error
@@ -171,6 +171,11 @@ def escape(text: str) -> str:
   return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def describe_error(error: BaseException) -> str:
+  """Returns the type and message of an error on one line of at most 500 letters."""
+  return escape(f'{type(error).__name__}: {error}')[:500]
+
+
 def _claim(held, path, resume, overwrite):
   """Locks the run until `held` closes; returns whether it existed before."""
   path.mkdir(parents=True, exist_ok=True)
@@ -216,7 +221,7 @@ def _lock(path):
       raise errors.RunLockedError(f'{path} is in use by {escape(text)}') from None
     text = os.pread(fd, 1000, 0).decode(errors='replace')
     _check_holder(file, text)
-    me = dict(pid=os.getpid(), host=socket.gethostname(), started=_now())
+    me = {'pid': os.getpid(), 'host': socket.gethostname(), 'started': _now()}
     os.ftruncate(fd, 0)
     os.pwrite(fd, json.dumps(me).encode(), 0)
     os.fsync(fd)
