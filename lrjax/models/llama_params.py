@@ -4,7 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from lrjax.parameterizations.dense import dense
 from lrjax.types import Parameterization, PyTree
@@ -70,6 +70,24 @@ def _mesh_axes(name, kernel_axes):
         'pass the `kernel` the model was built with'
       )
   raise ValueError(f'{name} is not a parameter of Llama')
+
+
+def shard_batch(x: jax.Array) -> jax.Array:
+  """Splits axis 0 over `data` and `fsdp`, those of them that the mesh in context has.
+
+  Without it XLA keeps activations where the parameters are, and every device of `fsdp`
+  computes the whole batch.
+
+  Args:
+    x: (B, ...), B a multiple of the devices along those axes.
+
+  Returns:
+    x, placed; unchanged where no mesh is set or the axes are not of type Auto.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  auto = dict(zip(mesh.axis_names, mesh.axis_types))
+  axes = tuple(a for a in ('data', 'fsdp') if auto.get(a) == AxisType.Auto)
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
 
 
 def stack_layers(params: PyTree) -> PyTree:
