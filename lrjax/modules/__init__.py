@@ -1,0 +1,1 @@
+"""Flax shells over the pure functions: `lrjax.modules.nnx`, `lrjax.modules.linen`."""
