@@ -146,10 +146,10 @@ def _overlaid(runs, layers, source) -> Iterator[dict]:
   for run in runs:
     tree = given(to_dict(run), source)
     for layer in layers:
-      common = {key: item for key, item in layer.items() if key not in names}
+      own = {key: layer[key] for key in names & {*layer} if type(layer[key]) is dict}
+      common = {key: item for key, item in layer.items() if key not in own}
       tree = overlay(type(run), tree, common)
-      if isinstance(layer.get(run.name), Mapping):
-        tree = overlay(type(run), tree, layer[run.name])
+      tree = overlay(type(run), tree, own.get(run.name, {}))
     yield tree
 
 
