@@ -75,10 +75,9 @@ def test_missing_and_bad_losses_are_shown_as_such():
     bar.update(2, 8, math.nan)
     bar.update(3, 8, 1.5)
     bar.update(3, 8)
-  losses = [
-    line.split('loss ')[1].split()[0] for line in stream.getvalue().splitlines()
-  ]
-  assert losses == ['–', '–', '1.500', '1.500']
+  lines = stream.getvalue().splitlines()
+  losses = [line.split('loss ')[1].split()[0] for line in lines]
+  assert losses == ['–', 'nan', '1.500', '1.500']
 
 
 def test_the_bar_is_closed_when_the_loop_fails(monkeypatch):
