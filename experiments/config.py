@@ -1,0 +1,230 @@
+"""What an experiment is made of, and the presets that commands start from.
+
+A config is a frozen dataclass of JSON-able fields: it goes into checkpoints and
+results, and `configuring.from_dict` brings it back.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Literal
+
+from experiments.data.config import DataConfig
+from experiments.schema import Scalar
+from lrjax.models.llama_config import LLAMA_SIZES, LlamaConfig
+
+
+def _require(config, name, holds, allowed):
+  value = getattr(config, name)
+  if not holds(value):
+    raise ValueError(f'{name} must be {allowed}, got {value!r}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """How gradients become updates.
+
+  Attributes:
+    name: a method of `experiments.optimizers.METHODS`.
+    learning_rate: its peak, reached at the end of warm-up.
+    schedule: of the learning rate between warm-up and the last step.
+    warmup: steps over which the learning rate rises linearly from 0; none: a tenth of
+      all steps.
+    final_fraction: the last learning rate as a fraction of the peak.
+    clip: largest global norm of a gradient; 0: not clipped.
+    weight_decay: decoupled, times the learning rate.
+    options: further keyword arguments of the method.
+  """
+
+  name: str
+  learning_rate: float
+  schedule: Literal['cosine', 'linear', 'constant'] = 'cosine'
+  warmup: int | None = None
+  final_fraction: float = 0.1
+  clip: float = 1.0
+  weight_decay: float = 0.0
+  options: Mapping[str, Scalar] = dataclasses.field(
+    default_factory=dict, metadata={'follows': 'name'}
+  )
+
+  def __post_init__(self):
+    _require(self, 'learning_rate', lambda x: 0 < x < math.inf, 'above 0 and finite')
+    _require(self, 'warmup', lambda x: x is None or x >= 0, 'none or at least 0')
+    _require(self, 'final_fraction', lambda x: 0 <= x <= 1, 'between 0 and 1')
+    _require(self, 'clip', lambda x: 0 <= x < math.inf, '0 (off) or above, finite')
+    _require(self, 'weight_decay', lambda x: 0 <= x < math.inf, 'at least 0, finite')
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+  """How many devices share each kind of work; the product is their number.
+
+  Attributes:
+    data: copies of the model, each with a part of the batch.
+    fsdp: parts of the batch between which parameters and states are divided.
+    tensor: devices between which each matrix is divided.
+  """
+
+  data: int = 1
+  fsdp: int = 1
+  tensor: int = 1
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      _require(self, field.name, lambda x: x >= 1, 'at least 1')
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """When a run is saved, and which saves stay.
+
+  Attributes:
+    every: steps between saves; the last step is saved always.
+    keep: newest saves that stay.
+    keep_every: saves at multiples of so many steps stay for good; none: no such.
+  """
+
+  every: int
+  keep: int = 3
+  keep_every: int | None = None
+
+  def __post_init__(self):
+    _require(self, 'every', lambda x: x >= 1, 'at least 1')
+    _require(self, 'keep', lambda x: x >= 1, 'at least 1')
+    _require(self, 'keep_every', lambda x: x is None or x >= 1, 'none or at least 1')
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """One training run.
+
+  Attributes:
+    name: of the run and of its directory.
+    seed: of the initial weights, the order of the data, and the method.
+    steps: optimizer steps in all.
+    model: the network.
+    data: what it reads.
+    optimizer: how it learns.
+    checkpoint: how it is saved.
+    eval_every: steps between evaluations; the last step is evaluated always.
+    log_every: steps between lines of metrics.
+    max_consecutive_bad: so many non-finite steps in a row end the run.
+    mesh: how it is spread over devices.
+  """
+
+  name: str
+  steps: int
+  model: LlamaConfig
+  data: DataConfig
+  optimizer: Optimizer
+  checkpoint: Checkpoint
+  eval_every: int
+  seed: int = 0
+  log_every: int = 1
+  max_consecutive_bad: int = 10
+  mesh: Mesh = Mesh()
+
+  def __post_init__(self):
+    is_name = partial(re.fullmatch, r'[A-Za-z0-9][A-Za-z0-9._-]{0,127}')
+    _require(self, 'name', is_name, '1 to 128 of A-Z a-z 0-9 . _ -, not first . _ -')
+    _require(self, 'seed', lambda x: 0 <= x < 2**32, 'from 0 to 2**32 - 1')
+    for name in ('steps', 'eval_every', 'log_every', 'max_consecutive_bad'):
+      _require(self, name, lambda x: x >= 1, 'at least 1')
+    if self.warmup > self.steps:
+      raise ValueError(
+        f'optimizer.warmup={self.optimizer.warmup} must be at most steps={self.steps}'
+      )
+    if self.data.seq_len > self.model.max_seq_len:
+      raise ValueError(
+        f'data.seq_len={self.data.seq_len} must be at most '
+        f'model.max_seq_len={self.model.max_seq_len}'
+      )
+    if self.data.batch_size % (self.mesh.data * self.mesh.fsdp):
+      raise ValueError(
+        f'data.batch_size={self.data.batch_size} must be a multiple of mesh.data * '
+        f'mesh.fsdp = {self.mesh.data * self.mesh.fsdp}'
+      )
+
+  @property
+  def warmup(self) -> int:
+    """Steps of warm-up."""
+    warmup = self.optimizer.warmup
+    return self.steps // 10 if warmup is None else warmup
+
+
+def compare(base: Experiment, *optimizers: Optimizer) -> tuple[Experiment, ...]:
+  """Runs on the same batches that differ in their optimizer alone, named after it."""
+  return tuple(replace(base, name=o.name, optimizer=o) for o in optimizers)
+
+
+def _galore(learning_rate, rank, update_proj_gap, clip=1.0) -> Optimizer:
+  options = {'rank': rank, 'update_proj_gap': update_proj_gap, 'scale': 0.25}
+  return Optimizer('galore', learning_rate, clip=clip, options=options)
+
+
+def _local(name, size, steps, optimizer, **data) -> Experiment:
+  """A run of a few minutes at most on two CPU cores, on text that is always there."""
+  return Experiment(
+    name=name,
+    steps=steps,
+    model=LLAMA_SIZES[size],
+    data=DataConfig(valid_windows=64, **data),
+    optimizer=optimizer,
+    checkpoint=Checkpoint(every=steps // 4),
+    eval_every=steps // 12,
+  )
+
+
+def _paper(
+  size, steps, rank, learning_rate=0.01, update_proj_gap=200, clip=0.0
+) -> Experiment:
+  """A pre-training run of the GaLore paper (arXiv 2403.03507, tables 2, 3 and 5).
+
+  It streams C4 from the hub, and expects the tokenizer of T5-base at
+  `t5-base/tokenizer.json`; `--data.tokenizer` gives another place.
+  """
+  return Experiment(
+    name=f'galore_{size}',
+    steps=steps,
+    model=replace(LLAMA_SIZES[size], dtype='bfloat16', param_dtype='bfloat16'),
+    data=DataConfig(
+      source='hub',
+      hub_name='allenai/c4',
+      hub_config='en',
+      hub_valid_split='validation',
+      # A document of C4 has over 400 of these tokens on average: none comes twice.
+      hub_documents=steps * 512 * 256 // 400,
+      tokenizer='t5-base/tokenizer.json',
+      seq_len=256,
+      batch_size=512,
+    ),
+    optimizer=_galore(learning_rate, rank, update_proj_gap, clip),
+    checkpoint=Checkpoint(every=1000, keep_every=10_000),
+    eval_every=1000,
+  )
+
+
+# Learning rates of the demo: the best of a small grid for each method.
+_DEMO = _local('demo', 'tiny', 600, _galore(2e-2, 32, 50), seq_len=128, batch_size=16)
+_SMOKE = _local('smoke', 'smoke', 60, _galore(2e-2, 16, 20), seq_len=64, batch_size=8)
+
+PRESETS = {
+  run.name: run
+  for run in (
+    _DEMO,
+    _SMOKE,
+    _paper('60m', 10_000, rank=128),
+    _paper('130m', 20_000, rank=256),
+    _paper('350m', 60_000, rank=256),
+    _paper('1b', 100_000, rank=512),
+    _paper('7b', 150_000, 1024, learning_rate=5e-3, update_proj_gap=500, clip=1.0),
+  )
+}
+
+COMPARISONS = {
+  'demo': compare(_DEMO, Optimizer('adamw', 1e-3), _DEMO.optimizer),
+  'smoke': compare(_SMOKE, Optimizer('adamw', 1e-3), _SMOKE.optimizer),
+}
