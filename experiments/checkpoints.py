@@ -7,9 +7,11 @@ different answers: a record that disagrees with what is asked for means another 
 (CheckpointMismatch), anything that disagrees with an intact record means damage.
 """
 
+import gc
 import os
 import pathlib
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -240,6 +242,8 @@ class Checkpoints:
       # Orbax answers damage with seven unrelated types.
       blameless = isinstance(e, _NOT_DAMAGE) or not self._steps.readable(step)
       error, status = e, _FAILED if blameless else _DAMAGED
+    if error is not None:
+      _drop_frames(error)
     worst = _worst(status)
     if worst == _FAILED:
       raise error or RuntimeError(f'another process could not read step {step}')
@@ -291,6 +295,15 @@ def _compare(path, record, leaves, expect, allow_change):
 def _worst(status):
   """The largest status on any process."""
   return np.max(multihost_utils.process_allgather(np.int32(status)))
+
+
+def _drop_frames(error):
+  """Frees the coroutines that a failed load leaves behind, here and not anywhere."""
+  while error is not None:
+    error.__traceback__ = None
+    error = error.__cause__ or error.__context__
+  with warnings.catch_warnings(action='ignore', category=RuntimeWarning):
+    gc.collect()
 
 
 def _kind(leaf):

@@ -31,14 +31,14 @@ def digest(tree: Any) -> dict[str, list]:
     Leaf path -> `[16 hex digits, shape, dtype]`, JSON as it stands.
 
   Raises:
-    TypeError: a leaf is neither an array nor a number; names it.
+    TypeError: a leaf is neither an array nor a number.
 
   >>> digest({'w': np.arange(3, dtype=np.float32), 'step': 7})
   {'step': ['...', [], 'int'], 'w': ['...', [3], 'float32']}
   """
   leaves = by_path(tree)
   names = describe(tree)
-  sums = _sums([_array(path, x) for path, x in leaves.items()])
+  sums = _sums([_array(x) for x in leaves.values()])
   return {
     path: [f'{int(a):08x}{int(b):08x}', *names[path]]
     for path, (a, b) in zip(leaves, jax.device_get(sums))
@@ -51,12 +51,7 @@ def describe(tree: Any) -> dict[str, list]:
   >>> describe({'w': jax.ShapeDtypeStruct((2, 3), jnp.bfloat16), 'step': 7})
   {'step': [[], 'int'], 'w': [[2, 3], 'bfloat16']}
   """
-  return {
-    path: [[], type(x).__name__]
-    if type(x) in _PYTHON
-    else [list(x.shape), str(x.dtype)]
-    for path, x in by_path(tree).items()
-  }
+  return {path: _shape_and_dtype(path, x) for path, x in by_path(tree).items()}
 
 
 def by_path(tree: Any) -> dict[str, Any]:
@@ -107,7 +102,7 @@ def differences(
 
 def _flat(tree, prefix=''):
   for key, value in tree.items():
-    if isinstance(value, Mapping) and value:
+    if isinstance(value, Mapping):
       yield from _flat(value, f'{prefix}{key}.')
     else:
       yield f'{prefix}{key}', json.dumps(value, sort_keys=True)
@@ -117,14 +112,20 @@ def _sha256(record):
   return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def _array(path, x):
-  """The leaf in a form that jit takes without changing a bit of it."""
+def _shape_and_dtype(path, x):
   if type(x) in _PYTHON:
-    x = np.asarray(x, _PYTHON[type(x)])
-  if not isinstance(x, jax.Array | np.ndarray | np.generic):
+    return [[], type(x).__name__]
+  if not hasattr(x, 'dtype'):
     raise TypeError(
       f'leaf {path!r} is a {type(x).__name__}; a state holds arrays and numbers only'
     )
+  return [list(x.shape), str(x.dtype)]
+
+
+def _array(x):
+  """The leaf in a form that jit takes without changing a bit of it."""
+  if type(x) in _PYTHON:
+    x = np.asarray(x, _PYTHON[type(x)])
   if not isinstance(x, jax.Array) and x.dtype.itemsize >= 8:
     # jit would cut 64-bit host arrays to 32 bits where x64 is off.
     return np.ascontiguousarray(x)[..., None].view(np.uint32)

@@ -105,7 +105,8 @@ class Metrics:
     rundir.refuse_symlink(self._path)
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
     # Unbuffered: a line is out of reach of SIGKILL once it is written.
-    self._file = open(os.open(self._path, flags, 0o666), 'wb', buffering=0)
+    fd = os.open(self._path, flags, 0o666)
+    self._file = os.fdopen(fd, 'wb', buffering=0)
 
   def _to_tensorboard(self, step, numbers, split):
     if self._writer is None:

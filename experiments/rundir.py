@@ -172,7 +172,9 @@ def escape(text: str) -> str:
 
 
 def describe_error(error: BaseException) -> str:
-  """Returns the type and message of an error on one line of at most 500 letters."""
+  """Returns what first went wrong, on one line of at most 500 letters."""
+  while error.__cause__ is not None:
+    error = error.__cause__
   return escape(f'{type(error).__name__}: {error}')[:500]
 
 

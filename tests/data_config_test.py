@@ -24,6 +24,10 @@ from experiments.data import DataConfig
     ({'valid_fraction': float('nan')}, 'valid_fraction=nan is not between'),
     ({'source': 'files'}, "source='files' needs paths"),
     ({'source': 'hub'}, "source='hub' needs hub_name"),
+    (
+      {'source': 'hub', 'hub_name': 'json', 'valid_paths': ('x',)},
+      "valid_paths with source='hub' needs hub_valid_split",
+    ),
     ({'paths': ('x.txt',)}, "paths is read by source='files'"),
     ({'hub_name': 'allenai/c4'}, "hub_name is read by source='hub'"),
   ],

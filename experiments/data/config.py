@@ -131,6 +131,8 @@ class DataConfig:
         if getattr(self, name):
           raise ValueError(f"{name} is read by source='files' or 'hub', not by "
                            f'source={self.source!r}')  # fmt: skip
+    if self.source == 'hub' and self.valid_paths and not self.hub_valid_split:
+      raise ValueError("valid_paths with source='hub' needs hub_valid_split")
     if self.source != 'hub' and self.hub_name:
       raise ValueError(
         f"hub_name is read by source='hub', not by source={self.source!r}"

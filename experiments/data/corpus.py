@@ -77,7 +77,7 @@ def load_corpus(config: DataConfig, cache_dir: str | None = None) -> Corpus:
   Args:
     config: of the data.
     cache_dir: directory for token files, which is made for the user alone; None: the
-      tokens are held in memory. Local files are known again by names, sizes and
+      tokens are held in memory. Local files are known again by paths, sizes and
       times, a hub data set by name and revision only.
 
   Returns:

@@ -13,7 +13,7 @@ _PRUNED = frozenset(
 
 
 def find_files(paths: tuple[str, ...], format: str) -> list[tuple[str, str]]:
-  """The files that paths name, sorted.
+  """The files that paths name: in the order of the paths, those of each sorted.
 
   Args:
     paths: files, directories (searched through, without hidden and empty files), or

@@ -39,7 +39,8 @@ def train_batches(
     `tokens[:, :-1]`, targets `tokens[:, 1:]`.
 
   Raises:
-    ValueError: if the hosts do not divide the batch size.
+    TypeError, ValueError: if the seed is no int or below 0, or the hosts do not divide
+      the batch size.
   """
   if isinstance(seed, bool) or not isinstance(seed, int):
     raise TypeError(f'seed={seed!r} must be int, got {type(seed).__name__}')

@@ -32,7 +32,7 @@ def documents(config: DataConfig) -> Iterator[Document]:
     config: of the data.
 
   Yields:
-    Documents of both splits, mixed.
+    Documents of both splits.
 
   Raises:
     FileNotFoundError: if nothing is at a path.
@@ -45,7 +45,7 @@ def documents(config: DataConfig) -> Iterator[Document]:
 def identity(config: DataConfig) -> dict:
   """What tells two sources apart without reading them.
 
-  Names, sizes and times of local files; names and limits of the others.
+  Paths, sizes and times of local files; names and limits of the others.
 
   Args:
     config: of the data.
@@ -57,7 +57,7 @@ def identity(config: DataConfig) -> dict:
   names += [f for f in vars(config) if f.startswith(config.source)]
   found = {name: getattr(config, name) for name in names}
   for split, pairs in _local_files(config).items():
-    found[split] = [(name, *_size_and_time(path)) for name, path in pairs]
+    found[split] = [(name, *_place_size_time(path)) for name, path in pairs]
   if config.source == 'hub':
     found |= {'paths': config.paths, 'valid_paths': config.valid_paths}
   return found
@@ -77,9 +77,9 @@ def split_of(name: str, valid_fraction: float) -> str:
   return 'valid' if draw < valid_fraction * 2.0**64 else 'train'
 
 
-def _size_and_time(path):
+def _place_size_time(path):
   status = os.stat(path)
-  return status.st_size, status.st_mtime_ns
+  return os.path.abspath(path), status.st_size, status.st_mtime_ns
 
 
 def _local_files(config):
@@ -159,15 +159,15 @@ def _hub(config):
     raise ImportError("source='hub' needs the package `datasets`") from error
 
   wanted = {'train': (config.hub_split, config.hub_documents)}
-  files = {config.hub_split: config.paths}
+  paths = {config.hub_split: config.paths}
   if config.hub_valid_split:
     wanted['valid'] = (config.hub_valid_split, config.hub_valid_documents)
-    files[config.hub_valid_split] = config.valid_paths
+    paths[config.hub_valid_split] = config.valid_paths
   for split, (hub_split, limit) in wanted.items():
     stream = datasets.load_dataset(
       config.hub_name,
       config.hub_config,
-      data_files={s: list(paths) for s, paths in files.items() if paths} or None,
+      data_files={s: list(p) for s, p in paths.items() if p} or None,
       split=hub_split,
       revision=config.hub_revision,
       streaming=True,

@@ -13,8 +13,8 @@ _LETTERS = 'abcdefghijklmnopqrstuvwxyz'
 def texts(size: int, seed: int) -> Iterator[bytes]:
   """Texts of a Markov chain over 64 made-up words with 4 successors each.
 
-  A model that knows the chain needs 2 bits a word, about 0.4 a byte, and with counts
-  of byte pairs alone a loss falls to less than half of the uniform 8 bits.
+  A model that knows the chain needs at most 2 bits a word, about 0.4 a byte, and counts
+  of byte pairs alone bring a loss to less than half of the uniform 8 bits.
 
   Args:
     size: bytes in all; the last text may be cut.
