@@ -1,0 +1,148 @@
+"""What a run computes: its state, one training step, one evaluation step."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+import lrjax
+from experiments import optimizers
+from experiments.config import Experiment
+from experiments.errors import ConfigError
+from lrjax.models.llama import Llama, next_token_loss
+from lrjax.models.llama_params import param_specs
+from lrjax.modules.nnx import split
+
+
+class Program(NamedTuple):
+  """The compiled parts of one experiment.
+
+  Attributes:
+    mesh: of devices, axes data, fsdp, tensor.
+    batch_sharding: of token arrays (batch, positions).
+    state: the state's tree of `ShapeDtypeStruct`s with shardings: params, fixed, opt,
+      step (updates tried), skipped and bad (not taken: in all, in a row).
+    init: `() -> state`.
+    step: jitted `(state, tokens) -> (state, metrics)`; donates the state.
+    evaluate: jitted `(params, fixed, tokens, mask) -> (nats, count)`.
+    gradients: jitted `(params, fixed, tokens) -> gradients`, to look into failures.
+    tx: the optimizer.
+  """
+
+  mesh: Mesh
+  batch_sharding: NamedSharding
+  state: Any
+  init: Callable[[], Any]
+  step: Callable
+  evaluate: Callable
+  gradients: Callable
+  tx: optax.GradientTransformation
+
+
+def make_mesh(experiment: Experiment) -> Mesh:
+  """The mesh a config asks for.
+
+  Raises:
+    ConfigError: it needs more devices than there are.
+  """
+  m = experiment.mesh
+  need, have = m.data * m.fsdp * m.tensor, jax.device_count()
+  if need > have or (jax.process_count() > 1 and need != have):
+    raise ConfigError(
+      f'mesh.data * mesh.fsdp * mesh.tensor = {need} devices, but there are {have}'
+    )
+  return jax.make_mesh(
+    (m.data, m.fsdp, m.tensor),
+    ('data', 'fsdp', 'tensor'),
+    devices=jax.devices()[:need],
+    axis_types=(AxisType.Auto,) * 3,
+  )
+
+
+def build(experiment: Experiment) -> Program:
+  """Everything an experiment computes; nothing is compiled or allocated yet."""
+  mesh, tx = make_mesh(experiment), optimizers.make(experiment)
+  rate = optimizers.schedule(experiment)
+  model = lambda: Llama(experiment.model, rngs=nnx.Rngs(experiment.seed))
+  graphdef, params, fixed = split(nnx.eval_shape(model))
+
+  def init() -> Any:
+    _, params, fixed = split(model())
+    zero = jnp.zeros([], jnp.int32)
+    counts = dict(step=zero, skipped=zero, bad=zero)
+    return dict(params=params, fixed=fixed, opt=tx.init(params), **counts)
+
+  def loss(params: Any, fixed: Any, tokens: jax.Array) -> jax.Array:
+    logits = nnx.merge(graphdef, params, fixed)(tokens[:, :-1])
+    nats, count = next_token_loss(logits, tokens[:, 1:])
+    return nats / count
+
+  def step(state: Any, tokens: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+    params, fixed = state['params'], state['fixed']
+    value, grads = jax.value_and_grad(loss)(params, fixed, tokens)
+    norm = global_norm(grads)
+    updates, opt = tx.update(grads, state['opt'], params)
+    new = dict(params=optax.apply_updates(params, updates), opt=opt)
+    ok = jnp.isfinite(value) & jnp.isfinite(norm)
+    old = {k: state[k] for k in new}
+    new = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
+    bad = ~ok
+    new |= dict(
+      fixed=fixed,
+      step=state['step'] + 1,
+      skipped=state['skipped'] + bad,
+      bad=jnp.where(ok, 0, state['bad'] + 1),
+    )
+    health = lrjax.health(opt)
+    skipped = new['skipped'] + health['skipped_steps']
+    return new, dict(
+      loss=value,
+      grad_norm=norm,
+      learning_rate=rate(new['step'] - 1 - skipped),
+      skipped_steps=skipped,
+      bad=new['bad'],
+      overdue_refreshes=health['overdue_refreshes'],
+    )
+
+  def evaluate(params: Any, fixed: Any, tokens: jax.Array, mask: jax.Array) -> tuple:
+    logits = nnx.merge(graphdef, params, fixed)(tokens[:, :-1])
+    return next_token_loss(logits, tokens[:, 1:], mask)
+
+  specs = param_specs(params)
+  abstract = jax.eval_shape(init)
+  whole = lambda tree: jax.tree.map(lambda _: PartitionSpec(), tree)
+  state_specs = dict(
+    whole(abstract),
+    params=specs,
+    fixed=param_specs(fixed),
+    opt=lrjax.state_specs(tx, params, specs, mesh),
+  )
+  shardings = jax.tree.map(lambda s: NamedSharding(mesh, s), state_specs)
+  place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+  batch = NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
+  everywhere = NamedSharding(mesh, PartitionSpec())
+
+  def jit(f: Callable, *ins: Any, out: Any, donate: tuple = ()) -> Callable:
+    return jax.jit(f, in_shardings=ins, out_shardings=out, donate_argnums=donate)
+
+  weights = shardings['params'], shardings['fixed']
+  return Program(
+    mesh=mesh,
+    batch_sharding=batch,
+    state=jax.tree.map(place, abstract, shardings),
+    init=jit(init, out=shardings),
+    step=jit(step, shardings, batch, out=(shardings, everywhere), donate=(0,)),
+    evaluate=jit(evaluate, *weights, batch, batch, out=everywhere),
+    gradients=jit(jax.grad(loss), *weights, batch, out=weights[0]),
+    tx=tx,
+  )
+
+
+def global_norm(tree: Any) -> jax.Array:
+  """Euclidean norm of all leaves together, summed in float32."""
+  squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
+  return jnp.sqrt(sum(squares, jnp.float32(0)))

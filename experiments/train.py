@@ -1,0 +1,84 @@
+"""Trains one configuration: `python -m experiments.train --preset demo`.
+
+Exit codes: 0 done, 1 error, 2 bad config, 143 interrupted and saved, 144 interrupted
+before there was anything to save.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+from experiments import command_line, errors
+from experiments.signals import Preemption
+
+
+@dataclasses.dataclass(frozen=True)
+class Command(command_line.Command):
+  """Flags of this command.
+
+  Attributes:
+    runs: directory of all runs.
+    resume: go on with the run of this name if there is one.
+    overwrite: move a run of this name aside and start anew.
+    allow_change: dotted config keys, with commas between, that may differ at a resume.
+    coordinator: host:port of process 0 of a multi-process run; 'auto' on a cluster
+      that jax knows; none: one process.
+    processes: number of processes, with a coordinator that is not 'auto'.
+    process: number of this process, from 0.
+  """
+
+  runs: str = 'runs'
+  resume: bool = False
+  overwrite: bool = False
+  allow_change: str = ''
+  coordinator: str | None = None
+  processes: int = 1
+  process: int = 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command; returns the exit code."""
+  # The handlers come first: importing jax takes seconds in which a signal may arrive.
+  with Preemption() as preemption:
+    from experiments import loop, report
+    from experiments.arguments import parse_args
+    from experiments.optimizers import METHODS
+
+    try:
+      asked, (experiment,) = parse_args(
+        sys.argv[1:] if argv is None else argv, METHODS, command=Command
+      )
+      connect(asked)
+      directory = loop.run(
+        experiment,
+        asked.runs,
+        preemption,
+        resume=asked.resume,
+        overwrite=asked.overwrite,
+        allow_change=[k for k in asked.allow_change.split(',') if k],
+      )
+    except loop.Interrupted as e:
+      print(e, file=sys.stderr)
+      return errors.EXIT_PREEMPTED_SAVED
+    except errors.ConfigError as e:
+      print(f'error: {e}', file=sys.stderr)
+      return errors.EXIT_BAD_CONFIG
+    report.write_report([directory], directory)
+    print(f'report: {directory / "report.html"}')
+  return errors.EXIT_DONE
+
+
+def connect(asked: Command) -> None:
+  """Joins the other processes of a multi-process run."""
+  if asked.coordinator is None:
+    return
+  import jax
+
+  if asked.coordinator == 'auto':
+    jax.distributed.initialize()
+  else:
+    jax.distributed.initialize(asked.coordinator, asked.processes, asked.process)
+
+
+if __name__ == '__main__':
+  sys.exit(main())
