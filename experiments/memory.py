@@ -1,0 +1,120 @@
+"""Bytes of weights, gradients and optimizer state: `python -m experiments.memory`.
+
+From shapes alone: nothing is allocated, so 7B takes seconds on a laptop. Each method
+runs with the settings of the GaLore paper, every array in `--dtype`.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import optax
+
+from experiments import command_line, configuring, errors
+
+Dtype = Literal['bfloat16', 'float32']
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+  """Flags of this command.
+
+  Attributes:
+    dtype: of weights, gradients and states.
+    sizes: which of 60m, 130m, 350m, 1b, 7b.
+  """
+
+  dtype: Dtype = 'bfloat16'
+  sizes: tuple[str, ...] = ('60m', '130m', '350m', '1b', '7b')
+
+
+class Row(NamedTuple):
+  """Bytes of one method at one size."""
+
+  size: str
+  method: str
+  weights: int
+  gradients: int
+  state: int
+  adam: int
+
+
+def rows(sizes: Sequence[str], dtype: Dtype) -> list[Row]:
+  """Counts every size with every method.
+
+  Args:
+    sizes: names of `LLAMA_SIZES`.
+    dtype: of weights, gradients and states.
+
+  Returns:
+    One `Row` for each pair.
+
+  Raises:
+    ConfigError: for an unknown size.
+  """
+  import lrjax
+  from experiments.config import PRESETS
+
+  out = []
+  for size in sizes:
+    if f'galore_{size}' not in PRESETS:
+      known = [name.removeprefix('galore_') for name in PRESETS if name[:7] == 'galore_']
+      raise errors.ConfigError(f'sizes: unknown {size!r}; known: {", ".join(known)}')
+    experiment = PRESETS[f'galore_{size}']
+    params = abstract_params(experiment.model, dtype)
+    for name, tx in methods(experiment.optimizer.options['rank'], dtype).items():
+      c = lrjax.coverage(tx, params)
+      out.append(Row(size, name, c.param_bytes, c.param_bytes, c.state_bytes, c.adam_bytes))
+  return out
+
+
+def methods(rank: int, dtype: Dtype) -> dict[str, optax.GradientTransformation]:
+  """The transformations whose states are counted."""
+  from experiments import optimizers
+
+  make: dict[str, Callable[[], optax.GradientTransformation]] = {
+    'adamw': lambda: optimizers.adamw(1e-3, state_dtype=dtype),
+    'galore': lambda: optimizers.galore(1e-2, rank=rank, state_dtype=dtype),
+  }
+  return {name: f() for name, f in make.items()}
+
+
+def abstract_params(config: Any, dtype: Dtype) -> Any:
+  """The parameter tree of a model as shapes."""
+  from flax import nnx
+
+  from lrjax.models.llama import Llama
+  from lrjax.modules.nnx import split
+
+  config = dataclasses.replace(config, param_dtype=dtype)
+  return split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))[1]
+
+
+def table(found: Sequence[Row]) -> str:
+  """The rows as text, in GB of 10^9 bytes."""
+  gb = lambda n: f'{n / 1e9:.3f}'
+  cells = [('size', 'method', 'weights', 'gradients', 'state', 'state bytes', 'of Adam')]
+  for r in found:
+    sizes = (gb(r.weights), gb(r.gradients), gb(r.state), f'{r.state:,}')
+    cells.append((r.size, r.method, *sizes, f'{100 * r.state / r.adam:.1f} %'))
+  widths = [max(map(len, column)) for column in zip(*cells)]
+  lines = ['  '.join(c.rjust(w) for c, w in zip(row, widths)) for row in cells]
+  return '\n'.join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command; returns the exit code."""
+  try:
+    flags = command_line.read_flags(sys.argv[1:] if argv is None else argv)
+    asked = configuring.build(Command, flags, 'command line')
+    print(f'GB (10^9 bytes), everything in {asked.dtype}')
+    print(table(rows(asked.sizes, asked.dtype)))
+  except errors.ConfigError as e:
+    print(f'error: {e}', file=sys.stderr)
+    return errors.EXIT_BAD_CONFIG
+  return errors.EXIT_DONE
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,55 @@
+"""Runs that are killed or interrupted end on the bits of one that was not."""
+
+import random
+
+import pytest
+
+from tests import runner
+
+
+@pytest.fixture(scope='module')
+def reference(tmp_path_factory):
+  """The directory, the final bits and the metrics of an undisturbed run."""
+  root = tmp_path_factory.mktemp('reference')
+  assert runner.finish(runner.command(runner.tiny(), root), root) == 0, runner.log_of(root)
+  return root, runner.final(root / 'runs' / 'tiny')
+
+
+def rooted(tmp_path, reference):
+  # All trials share the reference's compiled programs.
+  (tmp_path / 'cache').symlink_to(reference[0] / 'cache')
+  return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('trial', range(6))
+def test_sigkill_loses_no_bits(trial, tmp_path, reference):
+  root, rng = rooted(tmp_path, reference), random.Random(trial)
+  run = root / 'runs' / 'tiny'
+  words = runner.command(runner.tiny(), root, '--resume')
+  kills = sorted(rng.sample(range(1, 12), rng.choice([1, 1, 2])))
+  for step in kills:
+    with runner.started(words, root) as process:
+      runner.wait_for_step(process, run, step)
+      process.send_signal(runner.KILL)
+      process.wait()
+  assert runner.finish(words, root) == 0, runner.log_of(root)
+  assert runner.final(run) == reference[1], f'killed at {kills}'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [runner.TERM, runner.INT], ids=['SIGTERM', 'SIGINT'])
+def test_signals_save_and_leave(number, tmp_path, reference):
+  root = rooted(tmp_path, reference)
+  run = root / 'runs' / 'tiny'
+  words = runner.command(runner.tiny(), root, '--resume')
+  with runner.started(words, root) as process:
+    runner.wait_for_step(process, run, 5)
+    process.send_signal(number)
+    process.send_signal(number)
+    assert process.wait(60) == 143, runner.log_of(root)
+  step = runner.last_step(run)
+  assert f'interrupted; step {step} of 12 is saved' in runner.log_of(root)
+  assert runner.finish(words, root) == 0, runner.log_of(root)
+  assert f'resume step={step} ' in runner.log_of(root), 'steps were lost'
+  assert runner.final(run) == reference[1]
