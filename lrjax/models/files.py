@@ -15,7 +15,7 @@ _TEXT_LIMIT = 16 * 2**20
 
 
 def check_sums(directory: Path, names: Iterable[str]) -> None:
-  """Raises ValueError where a file is not as the directory's `SHA256SUMS` says, if any."""
+  """Raises ValueError for a file unlike its digest in `SHA256SUMS`, if there is one."""
   path = directory / SUMS
   if not path.exists():
     return
@@ -64,8 +64,12 @@ def sha256(path: Path) -> str:
 def replacing(path: Path) -> Iterator[Path]:
   """A fresh file name that takes the place of `path` when the block succeeds."""
   temporary = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.tmp')
+  temporary.touch(exist_ok=False)
+  mode = temporary.stat().st_mode
   try:
     yield temporary
+    # safetensors makes files of mode 0600; what the umask says holds for all.
+    temporary.chmod(mode)
     with open(temporary, 'rb') as file:
       os.fsync(file.fileno())
     os.replace(temporary, path)

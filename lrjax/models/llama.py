@@ -7,6 +7,8 @@ Axis letters: B batch, T positions, D hidden, F feed-forward, H query heads, K k
 heads, C width of a head, L layers, V vocabulary.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -64,10 +66,11 @@ class Llama(nnx.Module):
     self.embed = Embed(config, rngs=rngs)
     layer = lambda key: Layer(config, kernel, nnx.Rngs(key))
     keys = jax.random.split(rngs.params(), config.num_layers)
-    if config.scan_layers:
-      self.layers = nnx.vmap(layer)(keys)
-    else:
-      self.layers = nnx.List([layer(key) for key in keys])
+    self.layers: Any = (
+      nnx.vmap(layer)(keys)
+      if config.scan_layers
+      else nnx.List([layer(key) for key in keys])
+    )
     self.norm = RMSNorm(config)
     if not config.tie_embeddings:
       self.lm_head = _dense(config, config.hidden_size, config.vocab_size, _DENSE, rngs)

@@ -85,16 +85,16 @@ class LlamaConfig:
 
 def _check(name, kind, value):
   """Raises unless `value` is a `kind` in range."""
-  if name == 'num_kv_heads' and value is None:
-    return
-  kind = {int | None: int}.get(kind, kind)
+  if name == 'num_kv_heads':
+    kind, value = int, 1 if value is None else value
   accepted = (int, float) if kind is float else kind
   if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
     got = f'{value!r} ({type(value).__name__})'
     raise TypeError(f'{name} must be of type {kind.__name__}, got {got}')
-  if kind is str and value not in _DTYPES:
-    raise ValueError(f'{name} must be one of {", ".join(_DTYPES)}, got {value!r}')
-  if kind in (int, float) and not (value > 0 and math.isfinite(value)):
+  if isinstance(value, str):
+    if value not in _DTYPES:
+      raise ValueError(f'{name} must be one of {", ".join(_DTYPES)}, got {value!r}')
+  elif kind is not bool and not (value > 0 and math.isfinite(value)):
     raise ValueError(f'{name} must be positive and finite, got {value!r}')
 
 

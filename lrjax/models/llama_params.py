@@ -79,7 +79,7 @@ def shard_batch(x: jax.Array) -> jax.Array:
   computes the whole batch.
 
   Args:
-    x: (B, ...), B a multiple of the devices along those axes.
+    x: (B, ...); XLA pads where the devices along those axes do not divide B.
 
   Returns:
     x, placed; unchanged where no mesh is set or the axes are not of type Auto.

@@ -62,12 +62,12 @@ class Dense(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps x (..., in) to (..., out)."""
     cast = lambda a: in_dtype(a, self.dtype)
-    y = self._apply(jax.tree.map(cast, self.split()), cast(x))
+    y = self._apply(jax.tree.map(cast, self.arrays()), cast(x))
     if self.bias is None:
       return y
     return y + jnp.broadcast_to(cast(self.bias[...]), y.shape)
 
-  def split(self) -> Split:
+  def arrays(self) -> Split:
     """The kernel's arrays in their stored dtype."""
     values = lambda variables: {k: v[...] for k, v in variables.items()}
     dict_kernel = isinstance(self.kernel, nnx.Dict)
