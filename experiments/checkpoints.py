@@ -57,7 +57,8 @@ class Checkpoints:
     every: `save` acts on steps that are a multiple of it.
     keep: how many of the newest steps stay.
     keep_every: steps that are a multiple of it stay for ever; None: no such steps.
-    on_saved: called with the step once that step survives a crash of the machine.
+    on_saved: called with the step once that step survives a crash of the machine; on
+      every process, from the next `save`, `wait` or `close`.
 
   Raises:
     ValueError: `every`, `keep` or `keep_every` below 1.
@@ -117,17 +118,13 @@ class Checkpoints:
     for path, (shape, _) in integrity.describe(state).items():
       if 0 in shape:
         raise ValueError(f'leaf {path!r} has shape {tuple(shape)}: nothing to save')
-    record = {
-      'step': step,
-      'meta': meta,
-      'data_state': data_state,
-      'digest': integrity.digest(state),
-    }
+    digest = integrity.digest(state)
+    record = integrity.seal(
+      {'step': step, 'meta': meta, 'data_state': data_state, 'digest': digest}
+    )
     try:
       response = ocp.save_checkpointables_async(
-        self._steps.path(step),
-        {'state': state},
-        custom_metadata=integrity.seal(record),
+        str(self._steps.path(step)), {'state': state}, custom_metadata=record
       )
     except Exception as e:
       raise self._save_error(step, _bytes(state), e) from e
@@ -235,14 +232,14 @@ class Checkpoints:
 
   def _load(self, record, template):
     """The state, verified; raises the same on every process."""
-    step, error, status = record['step'], None, _OK
+    step, state, error, status = record['step'], None, None, _OK
     try:
       state = _read_state(self._steps.path(step), template)
     except Exception as e:
       # Orbax answers damage with seven unrelated types.
       blameless = isinstance(e, _NOT_DAMAGE) or not self._steps.readable(step)
       error, status = e, _FAILED if blameless else _DAMAGED
-    if error is not None:
+    if status != _OK:
       _drop_frames(error)
     worst = _worst(status)
     if worst == _FAILED:
@@ -284,12 +281,11 @@ def _compare(path, record, leaves, expect, allow_change):
     a, b = saved.get(leaf), leaves.get(leaf)
     if a != b:
       lines.append(f'leaf {leaf}: saved {_kind(a)}, now {_kind(b)}')
+  if len(lines) > 19:
+    lines[18:] = [f'and {len(lines) - 18} more']
   if lines:
-    more = [f'and {len(lines) - 19} more'] if len(lines) > 20 else []
-    shown = lines[: 20 - len(more)] + more
-    raise errors.CheckpointMismatch(
-      '\n  '.join([f'{path} belongs to another configuration:', *shown])
-    )
+    head = f'{path} is of another run (allow_change lets harmless keys differ):'
+    raise errors.CheckpointMismatch('\n  '.join([head, *lines]))
 
 
 def _worst(status):
@@ -325,7 +321,7 @@ def _read_state(path, template):
   context.memory.read_concurrent_bytes = 2 * _bytes(template) + (1 << 26)
   with context:
     wanted = {'state': jax.tree.map(abstract, template)}
-    return ocp.load_checkpointables(path, wanted)['state']
+    return ocp.load_checkpointables(str(path), wanted)['state']
 
 
 def _check_shardings(template):
