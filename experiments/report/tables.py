@@ -70,7 +70,11 @@ def details(runs: Sequence[Run]) -> Table:
 
 def settings(runs: Sequence[Run]) -> Table:
   """The settings in which the runs differ."""
-  return _differing('Settings that differ', runs, [_flat(r.config) for r in runs])
+  columns = [_flat(run.config) for run in runs]
+  names = dict.fromkeys(name for column in columns for name in column)
+  rows = [(n, *(_text(column.get(n, MISSING)) for column in columns)) for n in names]
+  rows = [row for row in rows if len(set(row[1:])) > 1 and row[0] != 'name']
+  return Table('Settings that differ', ('', *_names(runs)), rows)
 
 
 def provenance(runs: Sequence[Run]) -> Table:
@@ -128,7 +132,8 @@ def _sentence(first, run):
   """None where the numbers are not there."""
   a, b = first.summary, run.summary
   numbers = (a.optimizer_bytes, a.valid_loss, b.optimizer_bytes, b.valid_loss)
-  if not all(map(known, (*numbers, first.average_ms, run.average_ms))):
+  averages = (first.average_ms, run.average_ms)
+  if not all(map(known, (*numbers, *averages))) or not first.average_ms:
     return None
   time = run.average_ms / first.average_ms
   refreshes = ''
@@ -177,13 +182,6 @@ def _ratio(a, b):
 def _tokens_per_second(run):
   s = run.summary
   return count(s.tokens / s.wall_seconds) if s.tokens and s.wall_seconds else MISSING
-
-
-def _differing(title, runs, columns):
-  names = dict.fromkeys(name for column in columns for name in column)
-  rows = [(n, *(_text(column.get(n, MISSING)) for column in columns)) for n in names]
-  rows = [row for row in rows if len(set(row[1:])) > 1 and row[0] != 'name']
-  return Table(title, ('', *_names(runs)), rows)
 
 
 def _flat(mapping: Mapping[str, Any], prefix='') -> dict[str, Any]:
