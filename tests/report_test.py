@@ -92,6 +92,13 @@ def test_a_run_is_read_back(runs):
   np.testing.assert_allclose(run.seconds_at(np.array([1, 4])), [0.25, 1.0], rtol=1e-12)
 
 
+def test_seconds_count_the_steps_that_were_not_logged(directory):
+  lines = [{'step': step, 'seconds': 0.5} for step in (5, 10)]
+  (directory / 'timing.jsonl').write_text('\n'.join(map(json.dumps, lines)) + '\n')
+  seconds = load_run(directory).seconds_at(np.array([5, 10]))
+  np.testing.assert_allclose(seconds, [2.5, 5.0], rtol=1e-12)
+
+
 def test_only_metrics_are_needed(directory):
   for name in ('config.json', 'summary.json', 'timing.jsonl'):
     (directory / name).unlink()
@@ -112,9 +119,11 @@ def test_the_last_line_may_be_cut_off(directory):
 def test_the_last_of_lines_for_one_step_counts(directory):
   with open(directory / 'metrics.jsonl', 'a') as file:
     file.write('{"step": 3, "loss": 9.5}\n{"step": 4, "loss": null}\n')
+    file.write('{"step": 7, "loss": "nan"}\n{"step": 8, "loss": "-inf"}\n')
     file.write('{"step": 5, "loss": NaN}\n{"step": 6, "split": "other", "loss": 1}\n')
   _, losses = load_run(directory).train
-  assert losses[2] == 9.5 and np.isnan(losses[3:5]).all() and losses[5] != 1
+  assert losses[2] == 9.5 and np.isnan(losses[[3, 4, 6]]).all()
+  assert losses[5] != 1 and losses[7] == -np.inf
   assert draw_all([load_run(directory)])
 
 
@@ -312,9 +321,10 @@ def test_a_symlink_is_not_written_through(runs, tmp_path, monkeypatch):
 
 
 def test_a_second_report_replaces_the_first_by_the_same_bytes(report):
-  runs, path = report
+  _, path = report
   before = path.read_bytes()
-  assert write_report(runs, path.parent, title='GaLore & AdamW') == path
+  directories = [path.parent.parent / name for name in 'ab']
+  assert write_report(directories, path.parent, title='GaLore & AdamW') == path
   assert path.read_bytes() == before
   with pytest.raises(ValueError, match='at least one run'):
     write_report([], path.parent)

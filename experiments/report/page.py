@@ -9,7 +9,7 @@ from pathlib import Path
 
 from experiments.report import tables
 from experiments.report.plots import draw_all
-from experiments.report.runs import Run
+from experiments.report.runs import Run, load_run
 from experiments.rundir import write_text
 
 _CAPTIONS = {
@@ -37,14 +37,16 @@ figcaption { color: #555; font-size: 14px; }
 
 
 def write_report(
-  runs: Sequence[Run], out_dir: str | os.PathLike, title: str = 'Comparison of runs'
+  runs: Sequence[Run | str | os.PathLike],
+  out_dir: str | os.PathLike,
+  title: str = 'Comparison of runs',
 ) -> Path:
   """Writes `report.html`, `report.md` and the pictures it shows.
 
   The page needs nothing but itself: pictures are inside, no scripts, no links out.
 
   Args:
-    runs: at least one; changes are given against the first.
+    runs: at least one, or their directories; changes are given against the first.
     out_dir: made if it is missing; files of an earlier report are replaced.
     title: heading of the report.
 
@@ -57,6 +59,7 @@ def write_report(
   """
   if not runs:
     raise ValueError('a report needs at least one run')
+  runs = [run if isinstance(run, Run) else load_run(run) for run in runs]
   out = Path(out_dir)
   out.mkdir(parents=True, exist_ok=True)
   pictures = draw_all(runs)

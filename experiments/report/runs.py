@@ -2,7 +2,7 @@
 
 - `config.json`: the `Experiment`.
 - `metrics.jsonl`: `{"step", "split", "loss", ...}` with `split` 'train' or 'valid',
-  the loss in nats a token.
+  the loss in nats a token; one that is not finite is null, 'nan', 'inf' or '-inf'.
 - `timing.jsonl`: `{"step", "seconds", "refresh", ...}`, the time of each step alone.
 - `summary.json`: a `Summary`, written at the end.
 
@@ -107,7 +107,8 @@ class Run(NamedTuple):
     timed, seconds, _ = self.timing
     if not len(timed):
       return np.full(len(steps), np.nan)
-    return np.interp(steps, timed, np.cumsum(seconds))
+    # A line stands for all steps since the one before, where not all are logged.
+    return np.interp(steps, timed, np.cumsum(seconds * np.diff(timed, prepend=0)))
 
 
 def load_run(directory: str | os.PathLike) -> Run:
@@ -186,10 +187,12 @@ def _parse(content, where):
 
 
 def _number(line, name, where, kind):
-  """A number of a line; None stands for a loss that was not finite."""
+  """A number of a line; JSON has no words of its own for those not finite."""
   value = line.get(name)
-  if kind is float and name in line and value is None:
-    return np.nan
+  if kind is float and (
+    value in ('nan', 'inf', '-inf') or (name in line and value is None)
+  ):
+    return float(value or 'nan')
   allowed = (int, float) if kind is float else int
   if isinstance(value, bool) or not isinstance(value, allowed):
     shown = repr(value)[:80] if name in line else 'nothing'
