@@ -174,7 +174,7 @@ def _local(name, size, steps, optimizer, **data) -> Experiment:
     data=DataConfig(valid_windows=64, **data),
     optimizer=optimizer,
     checkpoint=Checkpoint(every=steps // 4),
-    eval_every=steps // 12,
+    eval_every=max(steps // 12, 20),
   )
 
 
