@@ -97,7 +97,7 @@ def build(experiment: Experiment) -> Program:
       skipped=state['skipped'] + bad,
       bad=jnp.where(ok, 0, state['bad'] + 1),
     )
-    health = lrjax.health(opt)
+    health = lrjax.health(new['opt'])
     skipped = new['skipped'] + health['skipped_steps']
     return new, dict(
       loss=value,
