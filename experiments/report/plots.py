@@ -124,12 +124,13 @@ def step_time(ax, runs: Sequence[Run]) -> None:
     if not refresh.all():
       ax.axhline(np.median(ms[~refresh]), color=color, ls=dash, lw=1.2)
   ax.set_yscale('log')
-  _plain_log_ticks(ax.yaxis)
   title = 'Time of each step (diamonds: refresh of bases)'
   ax.set(title=title, xlabel='step', ylabel='milliseconds')
   low, high = ax.get_ylim()
-  # Room above the points for the legend.
-  ax.set_ylim(low, high * (high / low) ** min(0.2 + 0.15 * len(runs), 0.8))
+  # Room above the points for the legend, as a share of the height.
+  room = 0.06 + 0.07 * (len(runs) if len(runs) <= 4 else -(-len(runs) // 2))
+  ax.set_ylim(low, high * (high / low) ** (min(room, 0.6) / (1 - min(room, 0.6))))
+  _plain_log_ticks(ax)
   _legend(ax, runs)
 
 
@@ -148,7 +149,7 @@ def _losses(ax, runs, position: Callable):
     # A run that blows up would squeeze all the others into one line.
     ax.set_ylim(top=max(starts) * 1.06)
   ax.set_yscale('log')
-  _plain_log_ticks(ax.yaxis)
+  _plain_log_ticks(ax)
   ax.set_ylabel('loss (nats/token)')
   ax.plot([], [], 'o', ms=5, color=_GRAY, label='dots: validation')
   _legend(ax, runs)
@@ -194,8 +195,8 @@ def _finite(x, y, *others):
 
 
 def _smooth(y):
-  """Centred mean over a fortieth of the run; narrow in the steep beginning."""
-  half = len(y) // 80
+  """Centred mean over a fortieth of the run or five steps; narrow at the start."""
+  half = max(2, len(y) // 80)
   total = np.concatenate([[0.0], np.cumsum(y)])
   i = np.arange(len(y))
   first = np.maximum(i - half, 0)
@@ -211,12 +212,20 @@ def _legend(ax, runs):
     ax.legend(loc='upper right', ncols=2, fontsize=8.5, **narrow)
 
 
-def _plain_log_ticks(axis):
+def _plain_log_ticks(ax):
   from matplotlib import ticker
 
-  axis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
-  axis.set_major_formatter(ticker.FormatStrFormatter('%g'))
-  axis.set_minor_formatter(ticker.NullFormatter())
+  low, high = ax.get_ylim()
+  steps = (
+    ((1, 1.5, 2, 3, 4, 5, 7), 12),
+    ((1, 2, 5), 200),
+    ((1, 3), 3000),
+    ((1,), np.inf),
+  )
+  subs = next(subs for subs, ratio in steps if high / low <= ratio)
+  ax.yaxis.set_major_locator(ticker.LogLocator(subs=subs, numticks=99))
+  ax.yaxis.set_major_formatter(ticker.FormatStrFormatter('%g'))
+  ax.yaxis.set_minor_locator(ticker.NullLocator())
 
 
 def _byte_unit(longest):
