@@ -41,8 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
       words = sys.argv[1:] if argv is None else argv
       asked, runs = parse_args(words, METHODS, COMPARISONS, Command)
-      root = rundir.run_path(asked.runs, asked.name or asked.preset)
-      rundir.claim_comparison(root, resume=asked.resume, overwrite=asked.overwrite)
+      root = rundir.open_group(
+        asked.runs,
+        asked.name or asked.preset,
+        resume=asked.resume,
+        overwrite=asked.overwrite,
+      )
       print(announce(root, runs), flush=True)
       done = []
       for run in runs:
@@ -56,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       print(f'error: {e}', file=sys.stderr)
       return errors.EXIT_BAD_CONFIG
     report.write_report(done, root)
-    report.terminal_table(done)
+    report.terminal_table([report.load_run(d) for d in done])
     print(f'report: {root / "report.html"}')
   return errors.EXIT_DONE
 

@@ -62,6 +62,32 @@ def open_run(
     yield RunDir(path, path / 'checkpoints', existed)
 
 
+def open_group(
+  root: str | os.PathLike, name: str, *, resume: bool = False, overwrite: bool = False
+) -> pathlib.Path:
+  """Returns the directory `root/name` for several runs, made if it is missing.
+
+  Args and errors are those of `open_run`; each run in it has a lock of its own.
+  """
+  if resume and overwrite:
+    raise ValueError('resume and overwrite exclude each other; pass one')
+  path = run_path(root, name)
+
+  def claim():
+    occupied = path.exists() and sorted(p.name for p in path.iterdir())
+    if occupied and overwrite:
+      _log.warning('moved the earlier %s aside to %s', path, _move_aside(path))
+    elif occupied and not resume:
+      raise errors.RunExistsError(
+        f'{path} already holds {occupied[:5]}; pass resume to go on with it, overwrite'
+        f' to move it aside, or choose another name'
+      )
+    path.mkdir(parents=True, exist_ok=True)
+
+  on_process_0(claim)
+  return path
+
+
 def run_path(root: str | os.PathLike, name: str) -> pathlib.Path:
   """Returns `root/name` after checking that it names a place right under root.
 
