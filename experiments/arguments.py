@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from experiments import command_line
 from experiments.config import PRESETS, Experiment
-from experiments.schema import Scalar, members
+from experiments.schema import Scalar, members, one_of
 
 
 def parse_args(
@@ -72,7 +72,7 @@ def _is_scalar(hint):
 
 def _hints(methods, tree):
   """Types of the optimizer section, which depend on the method that it names."""
-  hints = {'optimizer.name': Literal[tuple(methods)]}
+  hints = {'optimizer.name': one_of(methods)}
   name = getattr(tree['optimizer'].get('name'), 'value', None)
   options = option_types(methods[name]) if name in methods else None
   return hints if options is None else {**hints, 'optimizer.options': options}

@@ -9,11 +9,11 @@ import json
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from experiments.configuring import Given, build, given, overlay, to_dict
 from experiments.errors import ConfigError
-from experiments.schema import children, expected, meanings
+from experiments.schema import children, expected, meanings, one_of
 
 MAX_BYTES = 2**20
 SOURCE = 'command line'
@@ -58,7 +58,7 @@ def parse(
   wants_help = not {'-h', '--help'}.isdisjoint(argv)
   flags = read_flags([word for word in argv if word not in ('-h', '--help')])
   own = {name: flags.pop(name) for name in children(command) if name in flags}
-  asked = build(command, own, SOURCE, {'preset': Literal[tuple(presets)]})
+  asked = build(command, own, SOURCE, {'preset': one_of(presets)})
   runs = presets[asked.preset]
   layers = [flags] if asked.config is None else [read_file(asked.config), flags]
   trees = list(_overlaid(runs, layers, f'preset {asked.preset}'))

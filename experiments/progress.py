@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import TextIO
+from typing import Any, TextIO
 
 from experiments.units import MISSING, count, duration
 
@@ -43,10 +43,11 @@ class Progress:
     self._stream = stream or sys.stdout
     self._enabled = enabled
     self._lines_every = max(1, total // 20)
-    self._tokens, self._loss, self._next = 0, None, -math.inf
+    self._tokens, self._next = 0, -math.inf
+    self._loss: float | None = None
     # (seconds, step, tokens) at the last redraws; the rates are taken over these.
     self._marks = collections.deque(maxlen=150)
-    self._bar = self._task = None
+    self._bar: Any = None
 
   def __enter__(self) -> 'Progress':
     is_terminal = self._stream.isatty() and os.environ.get('TERM') != 'dumb'

@@ -15,6 +15,15 @@ from typing import Any, Literal
 Scalar = bool | int | float | str | None
 
 
+def one_of(names: Iterable[str]) -> Any:
+  """The type `Literal` of names that are known at run time.
+
+  >>> one_of(['adamw', 'galore'])
+  typing.Literal['adamw', 'galore']
+  """
+  return typing.cast(Any, Literal)[tuple(names)]
+
+
 def init_fields(cls: Any) -> list[dataclasses.Field]:
   """The fields of a dataclass that its constructor takes."""
   return [field for field in dataclasses.fields(cls) if field.init]

@@ -59,14 +59,14 @@ def write_report(
   """
   if not runs:
     raise ValueError('a report needs at least one run')
-  runs = [run if isinstance(run, Run) else load_run(run) for run in runs]
+  loaded = [run if isinstance(run, Run) else load_run(run) for run in runs]
   out = Path(out_dir)
   out.mkdir(parents=True, exist_ok=True)
-  pictures = draw_all(runs)
+  pictures = draw_all(loaded)
   for name, picture in pictures.items():
     write_text(out / name, picture)
-  write_text(out / 'report.md', _markdown(runs, pictures, title))
-  write_text(out / 'report.html', _html(runs, pictures, title))
+  write_text(out / 'report.md', _markdown(loaded, pictures, title))
+  write_text(out / 'report.html', _html(loaded, pictures, title))
   return out / 'report.html'
 
 

@@ -159,14 +159,15 @@ def _picture(runs, draws) -> bytes:
   import matplotlib
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
+  from matplotlib.layout_engine import ConstrainedLayoutEngine
 
   columns = min(2, len(draws))
   rows = -(-len(draws) // columns)
   with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}):
+    layout = ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.1)
     width, height = (12.0, 4.4) if columns == 2 else (8.0, 4.5)
-    figure = Figure((width, height * rows), dpi=150, layout='constrained')
+    figure = Figure((width, height * rows), dpi=150, layout=layout)
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(h_pad=0.12, w_pad=0.1)
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for ax, draw in zip(axes, draws):
       draw(ax, runs)

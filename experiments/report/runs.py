@@ -186,7 +186,7 @@ def _parse(content, where):
     raise ValueError(f'{where}: {error}') from error
 
 
-def _number(line, name, where, kind):
+def _number(line, name, where, kind) -> Any:
   """A number of a line; JSON has no words of its own for those not finite."""
   value = line.get(name)
   if kind is float and (
@@ -202,7 +202,7 @@ def _number(line, name, where, kind):
   return value
 
 
-def _columns(rows, *kinds):
+def _columns(rows, *kinds) -> Any:
   """{step: values} as arrays, ascending in step."""
   steps = sorted(rows)
   values = zip(*(rows[step] for step in steps)) if steps else ((),) * len(kinds)

@@ -24,7 +24,7 @@ class Table(NamedTuple):
 
   title: str
   header: tuple[str, ...]
-  rows: list[tuple[str, ...]]
+  rows: Sequence[tuple[str, ...]]
 
 
 def comparison(runs: Sequence[Run]) -> Table:
