@@ -22,11 +22,9 @@ def test_equals_the_transcription(side):
   tx = lrjax.scale_by_galore(3, 5, 0.25, side=side)
   out, _ = trajectory(tx, grads[0], grads)
   for name in SHAPES:
-    want = oracle.galore(
-      [g[name] for g in grads], rank=3, gap=5, scale=0.25, side=side
-    )
+    want = oracle.galore([g[name] for g in grads], rank=3, gap=5, scale=0.25, side=side)
     # Updates are of size 0.25. Adam turns float32 noise of 1e-7 in a small entry of the
-    # projection into as much of its own; measured: 2e-6.
+    # projection into as much of its own; measured: 3e-6.
     np.testing.assert_allclose(np.stack([u[name] for u in out]), want, atol=1e-5)
 
 
@@ -72,9 +70,7 @@ def test_decay_is_decoupled_and_in_full_space():
 def test_hyperparameters_can_be_injected():
   params = {'w': matrix((8, 12)), 'bias': jnp.ones(3)}
   rate, scale = optax.linear_schedule(0.1, 0.0, 4), optax.linear_schedule(1.0, 0.0, 8)
-  make = optax.inject_hyperparams(
-    lrjax.galore, static_args=('rank', 'update_proj_gap')
-  )
+  make = optax.inject_hyperparams(lrjax.galore, static_args=('rank', 'update_proj_gap'))
   tx = make(learning_rate=rate, rank=3, update_proj_gap=2, scale=scale)
   out, state = trajectory(tx, params, [params] * 3)
   fixed, _ = trajectory(
@@ -114,7 +110,11 @@ def test_its_arguments_stand_where_optax_has_them():
 @pytest.mark.parametrize(
   ('bad', 'error', 'message'),
   [
-    (dict(update_proj_gap=0), ValueError, '`update_proj_gap` must be at least 1, got 0'),
+    (
+      dict(update_proj_gap=0),
+      ValueError,
+      '`update_proj_gap` must be at least 1, got 0',
+    ),
     (dict(update_proj_gap=-3), ValueError, 'got -3'),
     (dict(update_proj_gap=2.5), TypeError, 'got 2.5 of type float'),
     (dict(update_proj_gap=True), TypeError, 'got True of type bool'),

@@ -1,5 +1,7 @@
 """The loop: limits in which a low-rank method is one that is known in closed form."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,7 +63,7 @@ def test_updates_stay_in_the_span_of_a_basis_that_only_refreshes_change():
     np.testing.assert_allclose(p @ (p.T @ u), u, atol=1e-5)
     assert np.linalg.matrix_rank(u, tol=1e-4) == 3
     bases.append(p)
-  changed = [not np.array_equal(a, b) for a, b in zip(bases, bases[1:])]
+  changed = [not np.array_equal(a, b) for a, b in itertools.pairwise(bases)]
   assert changed == [False, False, True, False, False, True]
 
 
@@ -85,7 +87,7 @@ def test_a_constant_gradient_of_low_rank_passes_whole():
 def test_signs_of_the_basis_matter_to_kept_moments_only(name):
   grads = gradients({'w': (6, 9)}, 6)
   tx = lrjax.scale_by_galore(rank=3, update_proj_gap=4, moments_on_refresh=name)
-  (first,), state = trajectory(tx, grads[0], grads[:1])
+  _, state = trajectory(tx, grads[0], grads[:1])
   flips = jnp.array([[1.0, -1.0, -1.0]])
   slot = state.slots['w']
   inner = slot.state.inner._replace(mu=flips.T * slot.state.inner.mu)
@@ -139,7 +141,7 @@ def test_drop_scales_the_update(scale):
   ids=['decay', 'trust_ratio', 'shapes'],
 )
 def test_an_inner_that_needs_parameters_is_refused_at_construction(inner):
-  with pytest.raises(ValueError, match='needs parameters.*outside'):
+  with pytest.raises(ValueError, match=r'needs parameters.*outside'):
     lrjax.low_rank(lrjax.svd(2), inner)
 
 
