@@ -3,10 +3,12 @@
 import difflib
 import math
 import operator
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 T = TypeVar('T')
 
@@ -18,10 +20,10 @@ def positive_int(name: str, value: Any) -> int:
       f'`{name}` must be an int of at least 1, got {value!r} of type'
       f' {type(value).__name__}'
     )
-  if isinstance(value, jax.core.Tracer):
+  if isinstance(value, jax.Array):
     raise TypeError(
-      f'`{name}` fixes shapes or a schedule and cannot be traced, got {value}; under'
-      f' optax.inject_hyperparams name it in static_args'
+      f'`{name}` fixes shapes or a schedule and must be a Python int, not an array, got'
+      f' {value}; under optax.inject_hyperparams name it in static_args'
     )
   value = operator.index(value)
   if value < 1:
@@ -29,17 +31,33 @@ def positive_int(name: str, value: Any) -> int:
   return value
 
 
-def finite(name: str, value: Any, minimum: float = 0.0) -> Any:
-  """`value` unless it is a number below `minimum` or not finite; arrays pass."""
+def finite(name: str, value: Any, below: float = math.inf) -> Any:
+  """`value` unless it is a number outside [0, below) or not finite; arrays pass."""
   if isinstance(value, jax.Array):
     return value
   if isinstance(value, (str, bool)) or not hasattr(value, '__float__'):
     raise TypeError(
       f'`{name}` must be a number, got {value!r} of type {type(value).__name__}'
     )
-  if not math.isfinite(value) or value < minimum:
-    raise ValueError(f'`{name}` must be finite and at least {minimum}, got {value}')
+  if not 0.0 <= value < below:
+    limit = 'finite' if below == math.inf else f'below {below}'
+    raise ValueError(f'`{name}` must be at least 0 and {limit}, got {value}')
   return value
+
+
+def floating(name: str, dtype: Any) -> Any:
+  """`dtype` if it is real floating point or None."""
+  if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+    raise TypeError(f'`{name}` must be a floating-point dtype, got {dtype!r}')
+  return dtype
+
+
+def pattern(name: str, text: str) -> re.Pattern:
+  """The compiled regular expression."""
+  try:
+    return re.compile(text)
+  except (re.error, TypeError) as e:
+    raise ValueError(f'`{name}`: {text!r} is not a regular expression: {e}') from e
 
 
 def closest(name: str, known: Iterable[str]) -> str:
@@ -51,9 +69,13 @@ def closest(name: str, known: Iterable[str]) -> str:
 
 
 def named(what: str, value: str | T, table: Mapping[str, T]) -> T:
-  """`table[value]` for a string, `value` itself otherwise."""
+  """`table[value]` for a string, `value` itself if it is a function."""
   if not isinstance(value, str):
+    if not callable(value):
+      raise TypeError(
+        f'`{what}` must be a function or one of {", ".join(sorted(table))}, got {value!r}'
+      )
     return value
   if value not in table:
-    raise ValueError(f'unknown {what} {value!r}; {closest(value, table)}')
+    raise ValueError(f'unknown `{what}` {value!r}; {closest(value, table)}')
   return table[value]

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from lrjax.checks import floating
 from lrjax.types import Codec
 
 
@@ -23,8 +24,7 @@ def cast(dtype: Any) -> Codec:
   >>> c.decode(c.encode(jnp.float32(1.5)))
   Array(1.5, dtype=float32)
   """
-  if not jnp.issubdtype(dtype, jnp.floating):
-    raise TypeError(f'cast needs a floating-point dtype, got {dtype!r}')
+  floating('dtype', dtype)
   wide = jnp.promote_types(dtype, jnp.float32)
   return Codec(lambda x: x.astype(dtype), lambda x: x.astype(wide))
 

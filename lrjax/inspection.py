@@ -65,7 +65,9 @@ def coverage(tx: optax.GradientTransformation, params: Any) -> Coverage:
   parameters 1,050,624 bytes, optimizer state 790,548 bytes, 37.6 % of Adam (2,101,248)
   """
   with recording() as seen:
-    state = jax.eval_shape(tx.init, params)
+    # A new function each time: jax keeps traces by function, and a kept one records
+    # nothing.
+    state = jax.eval_shape(lambda p: tx.init(p), params)
   rows = []
   for path, x in jax.tree.leaves_with_path(params):
     name = leaf_path(path)
@@ -84,7 +86,8 @@ def health(state: Any) -> dict[str, jax.Array]:
   Returns:
     `skipped_steps`, steps not taken because a gradient was not finite or above 1e15;
     `overdue_refreshes`, the largest number of refreshes that failed in a row on one
-    matrix. int32[] each, usable under jit; zeros if there is no lrjax state.
+    matrix; 1 also where one waits for a gradient that is not zero. int32[] each, usable
+    under jit; zeros if there is no lrjax state.
 
   >>> import jax.numpy as jnp, lrjax
   >>> tx = lrjax.galore(1e-2, rank=1)

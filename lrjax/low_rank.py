@@ -11,6 +11,9 @@ from lrjax import residuals, transports
 from lrjax.refreshes import every
 from lrjax.types import Basis, MatrixTransform, Refresh, Residual
 
+# An (r, k) array on which parts are tried for fit before there is any data.
+PROBE = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+
 
 class LowRankState(NamedTuple):
   """State of one matrix.
@@ -64,6 +67,7 @@ def low_rank(
   ValueError: the inner optimizer needs parameters, which a low-rank space has not...
   """
   check_gradient_only(inner)
+  check_transport(transport, inner, basis)
   inner = optax.with_extra_args_support(inner)
   refresh = every(200) if refresh is None else refresh
   residual = residuals.drop(1.0) if residual is None else residual
@@ -110,13 +114,16 @@ def low_rank(
 
 def check_gradient_only(inner: optax.GradientTransformation) -> None:
   """Raises ValueError if `inner` needs parameters to update."""
-  probe = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+  if not hasattr(inner, 'init') or not hasattr(inner, 'update'):
+    raise TypeError(
+      f'the inner optimizer must be an optax.GradientTransformation, got {inner!r}'
+    )
 
   def run(g: jax.Array) -> Any:
     return inner.update(g, inner.init(g), None)
 
   try:
-    jax.eval_shape(run, probe)
+    jax.eval_shape(run, PROBE)
   except Exception as e:
     if not (isinstance(e, ValueError) and 'params' in str(e)):
       raise
@@ -125,6 +132,14 @@ def check_gradient_only(inner: optax.GradientTransformation) -> None:
       ' weight decay and trust ratios outside, after the projection (`weight_decay=` of'
       ' the optimizer, or optax.chain)'
     ) from e
+
+
+def check_transport(
+  transport: Callable, inner: optax.GradientTransformation, basis: Basis
+) -> None:
+  """Raises ValueError if `transport` does not fit the inner state or the basis."""
+  change = _no_matrix if basis.matrix is None else lambda: jnp.eye(PROBE.shape[0])
+  jax.eval_shape(lambda low: transport(change, inner.init(low)), PROBE)
 
 
 def _unit_scale(g: jax.Array) -> jax.Array:

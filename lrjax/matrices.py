@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lrjax import sharding
 from lrjax.checks import closest
 from lrjax.recording import record
 from lrjax.types import MatrixTransform
-from lrjax.views import LeafPlan, Where, from_matrix, planner, to_matrix
+from lrjax.views import LeafPlan, Where, from_matrix, leaf_path, planner, to_matrix
 
 # Above this a squared gradient comes near float32's end: the second moment would turn
 # infinite and every later update zero, without a sign of it.
@@ -25,7 +26,8 @@ class Slot(NamedTuple):
   """State of the matrices of one leaf; arrays lead with the leaf's stack axes.
 
   Attributes:
-    overdue: int32, refreshes that failed in a row since the last one was due.
+    overdue: int32, how often in a row the refresh that is due has failed; at least 1
+      while it waits for a usable gradient, 0 when it is done.
     state: the rule's own state.
   """
 
@@ -122,8 +124,7 @@ def on_matrices(
     updates: Any, state: MatricesState, params: Any = None, **extra: Any
   ) -> tuple[Any, MatricesState]:
     plans = plan_tree(updates)
-    abstract = lambda p, x: jax.eval_shape(lambda: _init_slot(rule(p.rank), p, x))
-    _check_like_init(plans, updates, state.slots, abstract)
+    _check_like_init(plans, updates, state, jax.eval_shape(init, updates))
 
     def step(updates: Any, state: MatricesState, params: Any, extra: dict) -> tuple:
       leaves, treedef = jax.tree.flatten(updates)
@@ -148,7 +149,8 @@ def on_matrices(
         _Matrices(r, p, x, s, o, a > 0)
         for (_, r, p, x, s), o, a in zip(split, ok, largest)
       ]
-      matrices = _refresh(matrices, state.count, seed)
+      moved = taken if guard == 'tree' else jnp.asarray(True)
+      matrices = _refresh(matrices, state.count, moved, seed)
 
       out, new = list(leaves), list(slots)
       for (i, *_), m in zip(split, matrices):
@@ -169,7 +171,6 @@ def on_matrices(
       u = treedef.flatten_up_to(u)
       for i in dense:
         out[i] = jnp.where(ok_rest, u[i], 0).astype(leaves[i].dtype)
-      moved = taken if guard == 'tree' else jnp.asarray(True)
       return treedef.unflatten(out), MatricesState(
         count=jnp.where(moved, optax.safe_increment(state.count), state.count),
         skipped=jnp.where(taken, state.skipped, optax.safe_increment(state.skipped)),
@@ -218,8 +219,13 @@ def _init_slot(rule: MatrixTransform, plan: LeafPlan, x: Any) -> Slot:
   return sharding.place_slot(jax.tree.map(stacked, slot), rule, plan, x)
 
 
-def _refresh(matrices: list[_Matrices], step: jax.Array, seed: int) -> list[_Matrices]:
-  """Runs the refreshes that are due, behind one scalar predicate for the whole tree."""
+def _refresh(
+  matrices: list[_Matrices], step: jax.Array, moved: jax.Array, seed: int
+) -> list[_Matrices]:
+  """Runs the refreshes that are due, behind one scalar predicate for the whole tree.
+
+  Where the step counts (`moved`), a refresh that cannot run now stays due.
+  """
   at = [i for i, m in enumerate(matrices) if m.rule.refresh is not None]
   if not at:
     return matrices
@@ -228,8 +234,8 @@ def _refresh(matrices: list[_Matrices], step: jax.Array, seed: int) -> list[_Mat
   for i, phase in zip(at, phases):
     m = matrices[i]
     scheduled = m.over_stack(lambda s, p, due=m.rule.due: due(s, step, p))
-    due.append((scheduled(m.slot.state, phase) | (m.slot.overdue > 0)) & m.ok)
-  run = [d & matrices[i].nonzero for i, d in zip(at, due)]
+    due.append((scheduled(m.slot.state, phase) | (m.slot.overdue > 0)) & moved)
+  run = [d & matrices[i].ok & matrices[i].nonzero for i, d in zip(at, due)]
 
   def refresh_all() -> list:
     return [_refresh_leaf(matrices[i], r, step, seed) for i, r in zip(at, run)]
@@ -239,9 +245,9 @@ def _refresh(matrices: list[_Matrices], step: jax.Array, seed: int) -> list[_Mat
 
   done = jax.lax.cond(~_all(~r for r in run), refresh_all, refresh_none)
   out = list(matrices)
-  for i, d, (state, good) in zip(at, due, done):
-    overdue = out[i].slot.overdue
-    overdue = jnp.where(good, 0, overdue + d.astype(jnp.int32))
+  for i, d, r, (state, good) in zip(at, due, run, done):
+    failed = out[i].slot.overdue + r.astype(jnp.int32)
+    overdue = jnp.where(good, 0, jnp.maximum(failed, d.astype(jnp.int32)))
     out[i] = out[i]._replace(slot=Slot(overdue, state))
   return out
 
@@ -279,37 +285,55 @@ def _phases(stacks: list[tuple[int, ...]]) -> list[jax.Array]:
   sizes = [functools.reduce(lambda a, b: a * b, s, 1) for s in stacks]
   phases, start = [], 0
   for stack, size in zip(stacks, sizes):
-    part = jnp.arange(start, start + size, dtype=jnp.float32) / sum(sizes)
-    phases.append(part.reshape(stack))
+    part = np.arange(start, start + size) / sum(sizes)
+    # Rounded up: a phase of 1/3 must not fall short of step 1 in a period of 3.
+    part = np.nextafter(part.astype(np.float32), np.float32(2))
+    phases.append(jnp.asarray(part.reshape(stack)))
     start += size
   return phases
 
 
-def _check_like_init(
-  plans: list, updates: Any, slots: Any, abstract_slot: Callable
-) -> None:
+def _check_like_init(plans: list, updates: Any, state: Any, like: Any) -> None:
+  """Raises where `state` is not what `init` makes of a tree like `updates`, `like`."""
+  if not isinstance(state, MatricesState):
+    raise TypeError(
+      f'update needs the MatricesState that init made, got {type(state).__name__}: the'
+      f' state of another method'
+    )
   is_slot = lambda x: isinstance(x, (Slot, optax.MaskedNode))
+  treedef = jax.tree.structure(updates)
   try:
-    found = jax.tree.structure(updates).flatten_up_to(slots)
+    slots = treedef.flatten_up_to(state.slots)
   except ValueError as e:
-    here = [p.path for p, _ in plans]
-    there = [
-      jax.tree_util.keystr(p, simple=True, separator='/').removesuffix('/value')
-      for p, _ in jax.tree.leaves_with_path(slots, is_leaf=is_slot)
-    ]
+    here = {p.path for p, _ in plans}
+    old = jax.tree.leaves_with_path(state.slots, is_leaf=is_slot)
+    there = {leaf_path(p) for p, _ in old}
     raise ValueError(
       f'updates do not have the structure given to init: only in updates'
-      f' {sorted(set(here) - set(there))[:3]}, only in init'
-      f' {sorted(set(there) - set(here))[:3]}'
+      f' {sorted(here - there)[:3]}, only in init {sorted(there - here)[:3]}'
     ) from e
-  shapes = lambda tree: jax.tree.map(jnp.shape, tree)
-  for (plan, x), slot in zip(plans, found):
-    slot_now = optax.MaskedNode() if plan.reason else abstract_slot(plan, x)
-    if shapes(slot_now) != shapes(slot):
+  for (plan, _), slot, want in zip(plans, slots, treedef.flatten_up_to(like.slots)):
+    if not _alike(slot, want):
+      typed = lambda tree: jax.tree.map(lambda x: f'{x.dtype}{list(x.shape)}', tree)
       raise ValueError(
         f'leaf {plan.path!r} of shape {plan.shape} does not fit the state: it needs'
-        f' {shapes(slot_now)}, the state has {shapes(slot)}'
+        f' {typed(want)}, the state has {typed(slot)}'
       )
+  # Only shapes: the dtype of `rest` may follow parameters or gradients.
+  shapes = lambda tree: [
+    (leaf_path(p), x.shape) for p, x in jax.tree.leaves_with_path(tree)
+  ]
+  wrong = set(shapes(state.rest)) ^ set(shapes(like.rest))
+  if wrong:
+    raise ValueError(
+      f'updates do not fit the state of `rest`: {sorted(wrong)[:4]} are on one side only'
+    )
+
+
+def _alike(a: Any, b: Any) -> bool:
+  """Whether two trees have the same structure, shapes and dtypes."""
+  types = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+  return jax.tree.structure(a) == jax.tree.structure(b) and types(a) == types(b)
 
 
 def _wide(g: jax.Array) -> jax.Array:

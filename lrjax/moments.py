@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lrjax.checks import closest
+from lrjax.checks import closest, finite, floating
 
 BiasCorrection = Literal['moments', 'step', 'none']
 
@@ -52,13 +52,19 @@ def adam(
     An `optax.GradientTransformation` with an `AdamState`.
 
   Raises:
-    ValueError: for an unknown `bias_correction`.
+    ValueError: for an unknown `bias_correction`, decays outside [0, 1), a negative eps.
+    TypeError: for dtypes that are not floating point.
   """
   if bias_correction not in (known := ('moments', 'step', 'none')):
     raise ValueError(
       f'unknown `bias_correction` {bias_correction!r};'
       f' {closest(str(bias_correction), known)}'
     )
+  finite('b1', b1, below=1.0)
+  finite('b2', b2, below=1.0)
+  finite('eps', eps)
+  floating('mu_dtype', mu_dtype)
+  floating('nu_dtype', nu_dtype)
   wide = lambda x: jnp.promote_types(x.dtype, jnp.float32)
 
   def init(params: Any) -> AdamState:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from lrjax.checks import closest, positive_int
+from lrjax.checks import pattern as compiled
 from lrjax.types import View
 
 SIDES = ('short', 'long', 'in', 'out')
@@ -104,7 +105,7 @@ def planner(
   def plan_tree(tree: Any) -> list[tuple[LeafPlan, jax.Array]]:
     leaves = [(leaf_path(p), x) for p, x in jax.tree.leaves_with_path(tree)]
     view_of = views(tree)
-    plans = [(plan_leaf(p, x, view_of(p), choose, rank, side), x) for p, x in leaves]
+    plans = [(plan_leaf(p, x, view_of, choose, rank, side), x) for p, x in leaves]
     _warn_unmatched('rank', rank, [p for p, _ in leaves])
     _warn_unmatched(
       'weight_dimension_numbers', weight_dimension_numbers, [p for p, _ in leaves]
@@ -115,13 +116,14 @@ def planner(
 
 
 def plan_leaf(
-  path: str, x: Any, view: Any, choose: Callable, rank: Any, side: str
+  path: str, x: Any, view_of: Callable, choose: Callable, rank: Any, side: str
 ) -> LeafPlan:
   """Decides whether and how one leaf is projected."""
-  shape = tuple(x.shape)
   check_leaf(path, x)
+  shape = tuple(x.shape)
   if not choose(path, x):
     return LeafPlan(path, shape, reason='not chosen')
+  view = view_of(path)
   if view is None or len(shape) < 2:
     return LeafPlan(path, shape, reason='not a matrix')
   axes = split_axes(path, shape, view)
@@ -146,6 +148,8 @@ def plan_leaf(
 
 def check_leaf(path: str, x: Any) -> None:
   """Refuses leaves no optimizer can train."""
+  if not hasattr(x, 'shape') or not hasattr(x, 'dtype'):
+    raise TypeError(f'leaf {path!r} must be an array, got {x!r}')
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise TypeError(
       f'leaf {path!r} has dtype {x.dtype}; real floating point is needed (exclude it'
@@ -157,10 +161,14 @@ def check_leaf(path: str, x: Any) -> None:
 
 def split_axes(path: str, shape: tuple[int, ...], view: Any) -> tuple:
   """(stack, in, out) axes of a view, non-negative, checked against the shape."""
+  if not _is_view(view):
+    raise TypeError(f'leaf {path!r}: a View or None is needed, got {view!r}')
   tuples = []
   for name in ('reduction_axis', 'output_axis'):
     axes = getattr(view, name)
-    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    axes = tuple(axes) if isinstance(axes, Sequence) else (axes,)
+    if not all(hasattr(a, '__index__') for a in axes):
+      raise TypeError(f'leaf {path!r}: {name} must hold ints, got {axes!r}')
     if not axes or any(not -len(shape) <= a < len(shape) for a in axes):
       raise ValueError(
         f'leaf {path!r} of shape {shape}: {name} {getattr(view, name)!r} names axes it'
@@ -177,8 +185,10 @@ def split_axes(path: str, shape: tuple[int, ...], view: Any) -> tuple:
 def check_rank(rank: Any) -> None:
   """Accepts None, an int, a fraction in (0, 1), or rules `[(pattern, any of these)]`."""
   if isinstance(rank, (list, tuple)):
+    if not _is_rules(rank):
+      raise TypeError(f'`rank` rules must be pairs (pattern, rank), got {rank!r}')
     for pattern, value in rank:
-      re.compile(pattern)
+      compiled('rank', pattern)
       check_rank(value)
   elif isinstance(rank, float) and not rank.is_integer():
     if not 0.0 < rank < 1.0:
@@ -190,7 +200,7 @@ def check_rank(rank: Any) -> None:
 def rank_of(rank: Any, path: str, short: int) -> int | None:
   """The rank of a matrix whose short side is `short`."""
   if isinstance(rank, (list, tuple)):
-    rank = by_rule(rank, path)
+    return rank_of(by_rule(rank, path), path, short)
   if isinstance(rank, float):
     return max(1, round(rank * short))
   return rank
@@ -219,8 +229,10 @@ def _chooser(where: Where | None) -> Callable[[str, Any], bool]:
   if where is None:
     return hidden_kernels
   if isinstance(where, str):
-    pattern = re.compile(where)
+    pattern = compiled('where', where)
     return lambda path, leaf: len(leaf.shape) >= 2 and bool(pattern.search(path))
+  if not callable(where):
+    raise TypeError(f'`where` must be a pattern or (path, leaf) -> bool, got {where!r}')
   return where
 
 
@@ -247,7 +259,16 @@ def _views(spec: Any) -> Callable[[Any], Callable[[str], Any]]:
     views = spec(tree) if callable(spec) else spec
     leaf = lambda x: x is None or _is_view(x) or isinstance(x, optax.MaskedNode)
     table = {leaf_path(p): v for p, v in jax.tree.leaves_with_path(views, is_leaf=leaf)}
-    return table.get
+
+    def view_of(path: str) -> Any:
+      if path not in table:
+        raise ValueError(
+          f'`weight_dimension_numbers` has no entry for leaf {path!r}; it has'
+          f' {", ".join(table)}. Give None to leaves that are not to be projected'
+        )
+      return table[path]
+
+    return view_of
 
   return from_tree
 

@@ -7,13 +7,14 @@ import optax
 
 from lrjax import bases, moments, residuals, transports
 from lrjax.bases import stored_as
-from lrjax.checks import named
+from lrjax.checks import floating, named
 from lrjax.codecs import cast
 from lrjax.low_rank import low_rank
 from lrjax.matrices import on_matrices
 from lrjax.optimizers.assembly import assemble
 from lrjax.refreshes import every
 from lrjax.types import Basis
+from lrjax.views import Where
 
 
 def scale_by_galore(
@@ -21,12 +22,16 @@ def scale_by_galore(
   update_proj_gap: int = 200,
   scale: float = 0.25,
   base_optimizer: optax.GradientTransformation | None = None,
+  weight_dimension_numbers: Any = None,
   *,
   basis: str | Callable[[int], Basis] = 'svd',
   basis_dtype: Any = None,
   moments_on_refresh: str | Callable = 'keep',
   stagger: bool = False,
-  **lift: Any,
+  side: str = 'short',
+  where: Where | None = None,
+  seed: int = 0,
+  guard: str = 'tree',
 ) -> optax.GradientTransformationExtraArgs:
   r"""Runs an optimizer on rank-r projections of the gradients of matrices.
 
@@ -49,14 +54,17 @@ def scale_by_galore(
       paper 0.25.
     base_optimizer: any transformation that looks at gradients alone; default
       `lrjax.adam()`. Weight decay belongs outside.
+    weight_dimension_numbers: the matrix axes of each leaf, see `lrjax.on_matrices`.
     basis: how P is found: 'svd', 'eigh' (same subspace, faster), 'randomized_svd',
       'subspace_iteration' (cheapest), or `rank -> Basis`.
     basis_dtype: what P is stored in; default float32.
     moments_on_refresh: 'keep' (paper), 'reset', 'rotate' (mu by C, nu by C*C),
       'rotate_abs', or a function, see `lrjax.transports`.
     stagger: refresh the matrices one after the other over the gap instead of together.
-    **lift: `side`, `where`, `weight_dimension_numbers`, `seed`, `guard` of
-      `lrjax.on_matrices`.
+    side: which axis is compressed, see `lrjax.on_matrices` as for those below.
+    where: which leaves are projected.
+    seed: of random numbers.
+    guard: what a bad gradient holds back.
 
   Returns:
     An `optax.GradientTransformationExtraArgs`, without learning rate.
@@ -76,6 +84,7 @@ def scale_by_galore(
   (2, 16)
   """
   make = named('basis', basis, bases.NAMES)
+  floating('basis_dtype', basis_dtype)
   transport = named('moments_on_refresh', moments_on_refresh, transports.NAMES)
   inner = moments.adam() if base_optimizer is None else base_optimizer
   refresh = every(update_proj_gap, stagger=stagger)
@@ -86,7 +95,16 @@ def scale_by_galore(
     return low_rank(b, inner, refresh=refresh, residual=residual, transport=transport)
 
   rule(1)  # parts that do not fit are refused here, not at the first step
-  return on_matrices(rule, rank=rank, rest=inner, **lift)
+  return on_matrices(
+    rule,
+    rank=rank,
+    side=side,
+    where=where,
+    weight_dimension_numbers=weight_dimension_numbers,
+    rest=inner,
+    seed=seed,
+    guard=guard,
+  )
 
 
 def galore(
@@ -98,22 +116,40 @@ def galore(
   weight_decay: float = 0.0,
   mask: Any = None,
   weight_dimension_numbers: Any = None,
-  **rule: Any,
+  *,
+  basis: str | Callable[[int], Basis] = 'svd',
+  basis_dtype: Any = None,
+  moments_on_refresh: str | Callable = 'keep',
+  stagger: bool = False,
+  side: str = 'short',
+  where: Where | None = None,
+  seed: int = 0,
+  guard: str = 'tree',
 ) -> optax.GradientTransformationExtraArgs:
   """GaLore, ready to use: `scale_by_galore`, decoupled weight decay, learning rate.
 
   Arguments stand in the order of `optax.contrib.galore`.
 
+  Under `optax.inject_hyperparams` these belong in `static_args`: `rank`,
+  `update_proj_gap`, and every function that is not a schedule.
+
   Args:
     learning_rate: a number or a schedule; 0.01 in the paper (0.005 at 7B).
-    rank: see `scale_by_galore`, as for the other names it shares.
+    rank: see `scale_by_galore`, as for all names it shares.
     update_proj_gap: see there.
     scale: see there.
     base_optimizer: see there.
     weight_decay: strength of decoupled decay, in full space, times the learning rate.
     mask: which leaves decay: a tree of bools or a function from params to one.
-    weight_dimension_numbers: see `lrjax.on_matrices`.
-    **rule: remaining keywords of `scale_by_galore`.
+    weight_dimension_numbers: see there.
+    basis: see there.
+    basis_dtype: see there.
+    moments_on_refresh: see there.
+    stagger: see there.
+    side: see there.
+    where: see there.
+    seed: see there.
+    guard: see there.
 
   Returns:
     An `optax.GradientTransformationExtraArgs`.
@@ -128,12 +164,19 @@ def galore(
   >>> print(f"{updates['kernel'][0, 0]:.5f}")
   -0.00188
   """
-  projected = scale_by_galore(
+  rule = scale_by_galore(
     rank,
     update_proj_gap,
     scale,
     base_optimizer,
-    weight_dimension_numbers=weight_dimension_numbers,
-    **rule,
+    weight_dimension_numbers,
+    basis=basis,
+    basis_dtype=basis_dtype,
+    moments_on_refresh=moments_on_refresh,
+    stagger=stagger,
+    side=side,
+    where=where,
+    seed=seed,
+    guard=guard,
   )
-  return assemble(projected, learning_rate, weight_decay, mask)
+  return assemble(rule, learning_rate, weight_decay, mask)

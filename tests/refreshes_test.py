@@ -1,0 +1,167 @@
+"""When bases change, what it costs between, and what happens to a failed one."""
+
+import functools
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from samples import basis_of, gradients, matrix
+
+import lrjax
+from lrjax import bases
+from lrjax.matrices import _phases
+
+SHAPES = {'a': (6, 8), 'b': (4, 8, 6), 'c': (2, 2, 6, 6)}
+
+
+def test_every_needs_a_period_of_at_least_one():
+  assert not lrjax.every(np.int64(2)).due((), jnp.int32(3), 0.0)
+  for bad, error in ((0, ValueError), (-1, ValueError), (1.5, TypeError)):
+    with pytest.raises(error, match='update_proj_gap'):
+      lrjax.every(bad)
+
+
+def test_staggered_steps_share_the_matrices_evenly():
+  sizes = (1, 2, 3, 9, 25, 29, 31, 250)
+  phases = [np.ravel(p) for n in sizes for p in _phases([(n,)])]
+  steps = jnp.arange(401)[:, None]
+  for period in (1, 2, 3, 5, 7, 25, 29, 200):
+    due = lrjax.every(period, stagger=True).due
+    plans = np.asarray(due((), steps, jnp.concatenate(phases)[None]))
+    for n, plan in zip(sizes, np.split(plans, np.cumsum(sizes)[:-1], axis=1)):
+      first, rest = plan[0], plan[1:]
+      assert first.all()
+      assert rest.sum(axis=1).max() <= -(-n // period), (n, period)
+      assert (rest[:period].sum(axis=0) == 1).all(), (n, period)
+      assert (rest[period:] == rest[:-period]).all()
+
+
+def test_phases_count_through_all_leaves():
+  parts = _phases([(2,), (), (2, 3)])
+  assert [p.shape for p in parts] == [(2,), (), (2, 3)]
+  whole = np.concatenate([np.ravel(p) for p in parts])
+  np.testing.assert_allclose(whole, np.arange(9) / 9, atol=1e-6)
+
+
+def test_staggered_bases_change_one_after_the_other():
+  grads = gradients(SHAPES, 9)
+  tx = lrjax.scale_by_galore(rank=2, update_proj_gap=4, stagger=True, basis='eigh')
+  state, update, seen = tx.init(grads[0]), jax.jit(tx.update), []
+  for g in grads:
+    _, state = update(g, state)
+    flat = [basis_of(state, n) for n in SHAPES]
+    seen.append([x for b in flat for x in b.reshape(-1, *b.shape[-2:])])
+  changed = np.array(
+    [
+      [not np.array_equal(x, y) for x, y in zip(a, b)]
+      for a, b in itertools.pairwise(seen)
+    ]
+  )
+  assert changed.shape == (8, 9)  # steps after the first, matrices
+  assert changed.sum(axis=1).max() <= 3  # of 9 matrices over 4 steps
+  assert (changed[:4].sum(axis=0) == 1).all()
+  np.testing.assert_array_equal(changed[:4], changed[4:])
+
+
+@functools.cache
+def lowered(transport):
+  grads = gradients(SHAPES, 1)[0]
+  tx = lrjax.scale_by_galore(rank=2, moments_on_refresh=transport)
+  return grads, tx, tx.init(grads)
+
+
+def inner_jaxprs(eqn):
+  for v in jax.tree.leaves(tuple(eqn.params.values()), is_leaf=_is_jaxpr):
+    if _is_jaxpr(v):
+      yield getattr(v, 'jaxpr', v)
+
+
+def _is_jaxpr(x):
+  return hasattr(x, 'eqns') or hasattr(x, 'jaxpr')
+
+
+def outside_conds(jaxpr):
+  """All equations that run at every step."""
+  for eqn in jaxpr.eqns:
+    yield eqn
+    if eqn.primitive.name != 'cond':
+      for inner in inner_jaxprs(eqn):
+        yield from outside_conds(inner)
+
+
+def test_one_scalar_cond_guards_all_factorisations():
+  grads, tx, state = lowered('keep')
+  eqns = list(outside_conds(jax.make_jaxpr(tx.update)(grads, state).jaxpr))
+  conds = [e for e in eqns if e.primitive.name == 'cond']
+  assert len(conds) == 1
+  assert conds[0].invars[0].aval.shape == ()
+  assert not {e.primitive.name for e in eqns} & {'svd', 'eigh', 'geqrf', 'qr'}
+
+
+@pytest.mark.parametrize('transport', ['keep', 'rotate'])
+def test_kept_moments_do_not_pass_through_the_cond(transport):
+  grads, tx, state = lowered(transport)
+  eqns = outside_conds(jax.make_jaxpr(tx.update)(grads, state).jaxpr)
+  (cond,) = [e for e in eqns if e.primitive.name == 'cond']
+  returned = {v.aval.shape for v in cond.outvars}
+  moments = {s.state.inner.mu.shape for s in state.slots.values()}
+  assert {s.state.basis.shape for s in state.slots.values()} <= returned
+  assert returned & moments == (moments if transport == 'rotate' else set())
+
+
+def test_compiled_steps_factorise_inside_one_conditional():
+  grads, tx, state = lowered('keep')
+  text = jax.jit(tx.update).lower(grads, state).compile().as_text()
+  parts = dict(
+    re.findall(r'^(?:ENTRY )?%?([\w.-]+) \(.*?\{\n(.*?)^\}', text, re.S | re.M)
+  )
+  entry = re.search(r'^ENTRY %?([\w.-]+)', text, re.M).group(1)
+  always, todo, conditionals = set(), [entry], 0
+  while todo:
+    name = todo.pop()
+    always.add(name)
+    for line in parts[name].splitlines():
+      if ' conditional(' in line:
+        conditionals += 1
+      else:
+        called = re.findall(r'%?([\w.-]+)', line.split(' = ', 1)[-1])
+        todo += [c for c in called if c in parts and c not in always]
+  assert conditionals == 1
+  everything = lambda names: ''.join(parts[n] for n in names)
+  assert 'lapack' in everything(parts)
+  assert 'lapack' not in everything(always)
+
+
+def failing(rank, value):
+  """svd, but `value` where the first entry of the (scaled) gradient is its largest."""
+
+  def fit(key, g, r, p):
+    u = jnp.linalg.svd(g, full_matrices=False)[0][:, :r]
+    return jnp.where(jnp.abs(g[0, 0]) >= jnp.abs(g).max(), value * u, u)
+
+  return bases.orthonormal.orthonormal(rank, fit)
+
+
+@pytest.mark.parametrize('value', [jnp.nan, 1.01], ids=['nan', 'not_orthonormal'])
+@pytest.mark.parametrize('stored', [False, True], ids=['plain', 'int8'])
+def test_a_failed_fit_keeps_the_old_basis_until_a_good_one(value, stored):
+  basis = failing(2, value)
+  if stored:
+    basis = lrjax.stored_as(basis, lrjax.int8())
+  rule = lrjax.low_rank(basis, lrjax.adam(), refresh=lrjax.every(2))
+  tx = lrjax.on_matrices(lambda rank: rule, rank=2)
+  good = [matrix((4, 6), seed).at[0, 0].set(0) for seed in range(3)]
+  bad = good[0].at[0, 0].set(9.0)
+  state, seen, update = tx.init({'w': bad}), [], jax.jit(tx.update)
+  for g in (good[0], good[1], bad, bad, good[2]):
+    u, state = update({'w': g}, state)
+    assert jnp.isfinite(u['w']).all()
+    seen.append(jax.tree.map(np.asarray, state.slots['w'].state.basis))
+    seen[-1] = (seen[-1], int(state.slots['w'].overdue))
+  same = lambda a, b: all(map(np.array_equal, *map(jax.tree.leaves, (a, b))))
+  assert [overdue for _, overdue in seen] == [0, 0, 1, 2, 0]
+  assert all(same(b, seen[0][0]) for b, _ in seen[:4])
+  assert not same(seen[4][0], seen[0][0])

@@ -1,0 +1,77 @@
+"""What moments become at a refresh."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from samples import matrix
+
+import lrjax
+from lrjax import transports
+from lrjax.moments import AdamState
+
+C = np.asarray(matrix((3, 3)))
+MU, NU = np.asarray(matrix((3, 5), 1)), np.square(matrix((3, 5), 2))
+ADAM = AdamState(jnp.int32(7), jnp.asarray(MU), jnp.asarray(NU))
+change = lambda: jnp.asarray(C)
+
+
+def unused():
+  raise AssertionError('keep and reset must not pay for the change of basis')
+
+
+def test_keep_and_reset():
+  assert lrjax.keep(unused, ADAM) is ADAM
+  zero = lrjax.reset(unused, ADAM)
+  assert [float(jnp.abs(x).max()) for x in zero] == [0, 0, 0]
+  assert zero.count.dtype == jnp.int32
+
+
+@pytest.mark.parametrize(
+  ('transport', 'nu'),
+  [(lrjax.rotate_square, np.square(C) @ NU), (lrjax.rotate_abs, np.abs(C @ NU))],
+)
+def test_rotations(transport, nu):
+  out = transport(change, ADAM)
+  np.testing.assert_allclose(out.mu, C @ MU, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(out.nu, nu, rtol=1e-5, atol=1e-6)
+  assert int(out.count) == 7
+  assert float(out.nu.min()) >= 0
+
+
+@pytest.mark.parametrize('transport', [lrjax.rotate_square, lrjax.rotate_abs])
+def test_no_change_of_basis_changes_no_moment(transport):
+  out = transport(lambda: jnp.eye(3), ADAM)
+  np.testing.assert_array_equal(out.mu, ADAM.mu)
+  np.testing.assert_array_equal(out.nu, ADAM.nu)
+
+
+def test_rotations_find_moments_inside_optax_states():
+  low = jnp.asarray(MU)
+  inner = optax.chain(optax.scale_by_lion(), optax.trace(0.9), optax.scale(2.0))
+  state = inner.init(low)
+  state = (state[0]._replace(mu=low), optax.TraceState(low), *state[2:])
+  out = lrjax.rotate_square(change, state)
+  np.testing.assert_allclose(out[0].mu, C @ MU, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(out[1].trace, C @ MU, rtol=1e-5, atol=1e-6)
+  assert type(out[0]) is type(state[0])
+
+
+def test_rotations_keep_the_stored_dtype():
+  half = ADAM._replace(mu=ADAM.mu.astype(jnp.bfloat16))
+  out = lrjax.rotate_square(change, half)
+  assert (out.mu.dtype, out.nu.dtype) == (jnp.bfloat16, jnp.float32)
+  np.testing.assert_allclose(out.mu.astype(float), C @ MU, atol=2e-2)  # of bf16
+
+
+def test_states_without_moments_are_refused():
+  state = lrjax.factored_rms().init(jnp.asarray(MU))
+  with pytest.raises(
+    ValueError, match=r'`mu`, `nu` or `trace`.*got tuple.*keep or reset'
+  ):
+    lrjax.rotate_square(change, state)
+
+
+def test_every_name_is_a_function():
+  assert transports.NAMES['rotate'] is lrjax.rotate_square
+  assert set(transports.NAMES) == {'keep', 'reset', 'rotate', 'rotate_abs'}
