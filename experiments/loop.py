@@ -1,6 +1,7 @@
 """The one training loop: resume, step, log, evaluate, save, summarise."""
 
 import contextlib
+import inspect
 import json
 import pathlib
 import time
@@ -26,6 +27,7 @@ from experiments.data import (
 from experiments.errors import NonFiniteError
 from experiments.evaluate import evaluate, place
 from experiments.metrics import Metrics
+from experiments.optimizers import METHODS
 from experiments.progress import Progress
 from experiments.signals import Preemption
 from experiments.summary import summarise
@@ -235,10 +237,10 @@ class _Loop:
     bad, overdue = values.pop('bad'), values.pop('overdue_refreshes')
     if not step % e.log_every or step == e.steps:
       self.metrics.scalars(step, values)
-      count = e.data.batch_size * e.data.seq_len
-      times = dict(seconds=seconds, tokens_per_s=count / seconds)
-      self.timing.scalars(step, times | dict(refresh=is_refresh(e, step)))
-      self.progress.update(step, e.log_every * count, values['loss'])
+    count = e.data.batch_size * e.data.seq_len
+    times = dict(seconds=seconds, tokens_per_s=count / seconds)
+    self.timing.scalars(step, times | dict(refresh=is_refresh(e, step)))
+    self.progress.update(step, count, values['loss'])
     if bad >= e.max_consecutive_bad:
       raise NonFiniteError(self._describe_bad(step, values, bad, tokens))
     if overdue >= MOST_OVERDUE:
@@ -272,9 +274,11 @@ class _Loop:
 
 def is_refresh(experiment: Experiment, step: int) -> bool:
   """Whether update number `step`, from 1, fits bases anew for the whole tree."""
-  options = experiment.optimizer.options
+  o = experiment.optimizer
+  named = inspect.signature(METHODS[o.name]).parameters
+  options = {name: p.default for name, p in named.items()} | {**o.options}
   gap = options.get('update_proj_gap')
-  return bool(gap) and not options.get('stagger') and (step - 1) % gap == 0
+  return gap is not None and not options.get('stagger') and (step - 1) % gap == 0
 
 
 def _token_cache(experiment: Experiment, where: rundir.RunDir) -> str | None:

@@ -42,6 +42,11 @@ class Metrics:
     self._path = pathlib.Path(path)
     self._fixed = {} if attempt is None else {'attempt': attempt}
     self._tensorboard_dir = tensorboard_dir
+    if tensorboard_dir is not None:
+      # Here, because at the first line its second would count as that step's.
+      import tensorboardX
+
+      self._make_writer = tensorboardX.SummaryWriter
     self._writer = None
     self._file = None
     self._purge_step = None
@@ -110,9 +115,7 @@ class Metrics:
 
   def _to_tensorboard(self, step, numbers, split):
     if self._writer is None:
-      from tensorboardX import SummaryWriter
-
-      self._writer = SummaryWriter(
+      self._writer = self._make_writer(
         str(self._tensorboard_dir), purge_step=self._purge_step
       )
     for name, value in numbers.items():

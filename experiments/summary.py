@@ -36,7 +36,7 @@ def summarise(
     valid_loss=nats if math.isfinite(nats) else None,
     bits_per_byte=nats / math.log(2) / bytes_per_token if math.isfinite(nats) else None,
     perplexity=_finite(valid['perplexity']),
-    wall_seconds=sum(line['seconds'] for line in timing),
+    train_seconds=sum(line['seconds'] for line in timing),
     compile_seconds=compile_seconds,
     steady_ms=_median_ms(timing, False),
     refresh_ms=_median_ms(timing, True),

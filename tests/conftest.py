@@ -5,6 +5,8 @@ import os
 import warnings
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# See experiments/__init__.py: two test processes on two cores would wait for each other.
+os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 _flags = ['--xla_force_host_platform_device_count=8']
 if importlib.metadata.version('jaxlib').startswith('0.10.'):
   # XLA's CPU backend may start independent collectives in different orders on

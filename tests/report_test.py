@@ -28,7 +28,7 @@ SUMMARY = {
   'valid_loss': 1.6161,
   'bits_per_byte': 2.3315,
   'perplexity': 5.0334,
-  'wall_seconds': 95.5,
+  'train_seconds': 95.5,
   'compile_seconds': 8.25,
   'steady_ms': 343.0,
   'refresh_ms': None,

@@ -34,8 +34,9 @@ class Summary:
     valid_loss: nats a token, over the whole validation set.
     bits_per_byte: the same in bits a byte of text.
     perplexity: its exponential, per token.
-    wall_seconds: from start to end, all attempts together.
-    compile_seconds: the part of it in which steps were compiled.
+    train_seconds: spent in training steps, all attempts together; without compilation,
+      evaluation and saving.
+    compile_seconds: in which the training step was compiled, in the last attempt.
     steady_ms: median time of a step without refresh.
     refresh_ms: median time of a step that refreshes bases.
     parameters: number of trained weights.
@@ -55,7 +56,7 @@ class Summary:
   valid_loss: float | None = None
   bits_per_byte: float | None = None
   perplexity: float | None = None
-  wall_seconds: float | None = None
+  train_seconds: float | None = None
   compile_seconds: float | None = None
   steady_ms: float | None = None
   refresh_ms: float | None = None

@@ -36,7 +36,7 @@ def comparison(runs: Sequence[Run]) -> Table:
     'steady step': (lambda r: r.summary.steady_ms, milliseconds, _ratio),
     'refresh step': (lambda r: r.summary.refresh_ms, milliseconds, None),
     'average step': (lambda r: r.average_ms, milliseconds, _ratio),
-    'wall time': (lambda r: r.summary.wall_seconds, duration, None),
+    'training time': (lambda r: r.summary.train_seconds, duration, None),
   }
   cells = [[_cell(runs[0], r, *spec) for spec in columns.values()] for r in runs]
   rows = [(run.name, *row) for run, row in zip(runs, cells)]
@@ -53,7 +53,7 @@ def details(runs: Sequence[Run]) -> Table:
     'skipped steps': lambda r: _whole(r.summary.skipped_steps),
     'refresh steps': lambda r: _whole(r.refreshes),
     'tokens': lambda r: _whole(r.summary.tokens),
-    'tokens per second of wall time': _tokens_per_second,
+    'tokens per second': _tokens_per_second,
     'parameters': lambda r: _whole(r.summary.parameters),
     'parameter bytes': lambda r: _whole(r.summary.parameter_bytes),
     'gradient bytes': lambda r: _whole(r.summary.gradient_bytes),
@@ -62,7 +62,7 @@ def details(runs: Sequence[Run]) -> Table:
     'steady step (median)': lambda r: milliseconds(r.summary.steady_ms),
     'refresh step (median)': lambda r: milliseconds(r.summary.refresh_ms),
     'compilation': lambda r: duration(r.summary.compile_seconds),
-    'wall time': lambda r: duration(r.summary.wall_seconds),
+    'training time': lambda r: duration(r.summary.train_seconds),
   }
   rows = [(name, *map(cell, runs)) for name, cell in table.items()]
   return Table('All numbers', ('', *_names(runs)), rows)
@@ -181,7 +181,7 @@ def _ratio(a, b):
 
 def _tokens_per_second(run):
   s = run.summary
-  return count(s.tokens / s.wall_seconds) if s.tokens and s.wall_seconds else MISSING
+  return count(s.tokens / s.train_seconds) if s.tokens and s.train_seconds else MISSING
 
 
 def _flat(mapping: Mapping[str, Any], prefix='') -> dict[str, Any]:
