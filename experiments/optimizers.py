@@ -39,7 +39,7 @@ def galore(
   b1: float = 0.9,
   b2: float = 0.999,
   eps: float = 1e-8,
-  basis: str = 'svd',
+  basis: str = 'eigh',
   side: str = 'short',
   moments_on_refresh: str = 'keep',
   stagger: bool = False,

@@ -24,7 +24,7 @@ def scale_by_galore(
   base_optimizer: optax.GradientTransformation | None = None,
   weight_dimension_numbers: Any = None,
   *,
-  basis: str | Callable[[int], Basis] = 'svd',
+  basis: str | Callable[[int], Basis] = 'eigh',
   basis_dtype: Any = None,
   moments_on_refresh: str | Callable = 'keep',
   stagger: bool = False,
@@ -55,7 +55,8 @@ def scale_by_galore(
     base_optimizer: any transformation that looks at gradients alone; default
       `lrjax.adam()`. Weight decay belongs outside.
     weight_dimension_numbers: the matrix axes of each leaf, see `lrjax.on_matrices`.
-    basis: how P is found: 'svd', 'eigh' (same subspace, faster), 'randomized_svd',
+    basis: how P is found: 'eigh' (of the Gram matrix), 'svd' (the paper's: the same
+      subspace, slower, also where singular values are tiny), 'randomized_svd',
       'subspace_iteration' (cheapest), or `rank -> Basis`.
     basis_dtype: what P is stored in; default float32.
     moments_on_refresh: 'keep' (paper), 'reset', 'rotate' (mu by C, nu by C*C),
@@ -117,7 +118,7 @@ def galore(
   mask: Any = None,
   weight_dimension_numbers: Any = None,
   *,
-  basis: str | Callable[[int], Basis] = 'svd',
+  basis: str | Callable[[int], Basis] = 'eigh',
   basis_dtype: Any = None,
   moments_on_refresh: str | Callable = 'keep',
   stagger: bool = False,
