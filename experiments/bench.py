@@ -110,9 +110,7 @@ class Timed:
     lowered = jax.jit(step, donate_argnums=(0, 1)).lower(self.params, state, self.grads)
     self.step = lowered.compile()
     self.compile_seconds = time.perf_counter() - start
-    self.state_bytes = sum(
-      x.size * x.dtype.itemsize for x in jax.tree.leaves(state)
-    )
+    self.state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 
   def round(self) -> None:
     """One step with a fresh state, then steady ones."""
@@ -180,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f'error: {e}', file=sys.stderr)
     return errors.EXIT_BAD_CONFIG
   result = run(asked, say=lambda text: None)
-  print(json.dumps(result["machine"] | result["versions"]))
+  print(json.dumps(result['machine'] | result['versions']))
   print(table(result['found']))
   return errors.EXIT_DONE
 

@@ -59,13 +59,17 @@ def rows(sizes: Sequence[str], dtype: Dtype) -> list[Row]:
   out = []
   for size in sizes:
     if f'galore_{size}' not in PRESETS:
-      known = [name.removeprefix('galore_') for name in PRESETS if name[:7] == 'galore_']
+      known = [
+        name.removeprefix('galore_') for name in PRESETS if name[:7] == 'galore_'
+      ]
       raise errors.ConfigError(f'sizes: unknown {size!r}; known: {", ".join(known)}')
     experiment = PRESETS[f'galore_{size}']
     params = abstract_params(experiment.model, dtype)
     for name, tx in methods(experiment.optimizer.options['rank'], dtype).items():
       c = lrjax.coverage(tx, params)
-      out.append(Row(size, name, c.param_bytes, c.param_bytes, c.state_bytes, c.adam_bytes))
+      out.append(
+        Row(size, name, c.param_bytes, c.param_bytes, c.state_bytes, c.adam_bytes)
+      )
   return out
 
 
@@ -94,7 +98,9 @@ def abstract_params(config: Any, dtype: Dtype) -> Any:
 def table(found: Sequence[Row]) -> str:
   """The rows as text, in GB of 10^9 bytes."""
   gb = lambda n: f'{n / 1e9:.3f}'
-  cells = [('size', 'method', 'weights', 'gradients', 'state', 'state bytes', 'of Adam')]
+  cells = [
+    ('size', 'method', 'weights', 'gradients', 'state', 'state bytes', 'of Adam')
+  ]
   for r in found:
     sizes = (gb(r.weights), gb(r.gradients), gb(r.state), f'{r.state:,}')
     cells.append((r.size, r.method, *sizes, f'{100 * r.state / r.adam:.1f} %'))

@@ -1,38 +1,21 @@
 """One matrix -> any tree: the lift of a MatrixTransform to an optax transformation."""
 
 import functools
-import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from lrjax import sharding
+from lrjax import sharding, stacks
 from lrjax.checks import closest
 from lrjax.recording import record
+from lrjax.stacks import LARGEST, Slot, all_of, select
 from lrjax.types import MatrixTransform
-from lrjax.views import LeafPlan, Where, from_matrix, leaf_path, planner, to_matrix
+from lrjax.views import LeafPlan, Where, leaf_path, planner
 
-# Above this a squared gradient comes near float32's end: the second moment would turn
-# infinite and every later update zero, without a sign of it.
-LARGEST = 1e15
 GUARDS = ('tree', 'matrix')
-
-
-class Slot(NamedTuple):
-  """State of the matrices of one leaf; arrays lead with the leaf's stack axes.
-
-  Attributes:
-    overdue: int32, how often in a row the refresh that is due has failed; at least 1
-      while it waits for a usable gradient, 0 when it is done.
-    state: the rule's own state.
-  """
-
-  overdue: jax.Array
-  state: Any
 
 
 class MatricesState(NamedTuple):
@@ -110,14 +93,10 @@ def on_matrices(
 
   def init(params: Any) -> MatricesState:
     treedef = jax.tree.structure(params)
-    slots, dense = [], []
-    for plan, x in plan_tree(params):
-      slot = optax.MaskedNode() if plan.reason else _init_slot(rule(plan.rank), plan, x)
-      slots.append(slot)
-      dense.append(x if plan.reason else optax.MaskedNode())
-      record(plan, x, slot)
+    plans = plan_tree(params)
+    slots = [_init_slot(rule, plan, x) for plan, x in plans]
     zero = jnp.zeros([], jnp.int32)
-    rest_state = plain.init(treedef.unflatten(dense))
+    rest_state = plain.init(_only_rest(plans, treedef, [x for _, x in plans]))
     return MatricesState(zero, zero, treedef.unflatten(slots), rest_state)
 
   def update(
@@ -129,58 +108,46 @@ def on_matrices(
     def step(updates: Any, state: MatricesState, params: Any, extra: dict) -> tuple:
       leaves, treedef = jax.tree.flatten(updates)
       slots = treedef.flatten_up_to(state.slots)
-      split = [
-        (i, rule(p.rank), p, x, s)
-        for i, ((p, _), x, s) in enumerate(zip(plans, leaves, slots))
-        if not p.reason
-      ]
-      dense = [i for i, (p, _) in enumerate(plans) if p.reason]
-      only_dense = lambda xs: treedef.unflatten(
-        [x if p.reason else optax.MaskedNode() for (p, _), x in zip(plans, xs)]
-      )
-
-      largest = [_largest(to_matrix(x, p), len(p.stack)) for _, _, p, x, _ in split]
-      ok = [a < LARGEST for a in largest]
-      ok_rest = _all(_largest(leaves[i], 0) < LARGEST for i in dense)
-      taken = _all([*ok, ok_rest])
+      work = {
+        i: stacks.examine(rule(plan.rank), plan, leaf, slot)
+        for i, ((plan, _), leaf, slot) in enumerate(zip(plans, leaves, slots))
+        if not plan.reason
+      }
+      only_rest = functools.partial(_only_rest, plans, treedef)
+      rest_leaves = jax.tree.leaves(only_rest(leaves))
+      rest_ok = all_of(stacks.largest(x) < LARGEST for x in rest_leaves)
+      taken = all_of([rest_ok, *(s.ok for s in work.values())])
+      counted = jnp.asarray(True)
       if guard == 'tree':
-        ok, ok_rest = [jnp.broadcast_to(taken, o.shape) for o in ok], taken
-      matrices = [
-        _Matrices(r, p, x, s, o, a > 0)
-        for (_, r, p, x, s), o, a in zip(split, ok, largest)
-      ]
-      moved = taken if guard == 'tree' else jnp.asarray(True)
-      matrices = _refresh(matrices, state.count, moved, seed)
+        rest_ok = counted = taken
+        hold = lambda s: s._replace(ok=jnp.broadcast_to(taken, s.ok.shape))
+        work = {i: hold(s) for i, s in work.items()}
 
-      out, new = list(leaves), list(slots)
-      for (i, *_), m in zip(split, matrices):
-        u, new_state = m.over_stack(m.rule.update)(m.g, m.slot.state)
-        u = jnp.where(_over(m.ok, 2), u, 0)
-        out[i] = from_matrix(u, m.plan).astype(leaves[i].dtype)
-        new[i] = m.slot._replace(state=_select(m.ok, new_state, m.slot.state))
+      refreshed = stacks.refresh(list(work.values()), state.count, counted, seed)
+      for i, s in zip(work, refreshed):
+        leaves[i], slots[i] = s.step()
 
-      dense_params = None
+      rest_params = None
       if params is not None:
-        dense_params = only_dense(treedef.flatten_up_to(params))
-      zeroed = [
-        jnp.where(ok_rest, x, 0) if p.reason else x for (p, _), x in zip(plans, leaves)
-      ]
-      u, rest_state = plain.update(
-        only_dense(zeroed), state.rest, dense_params, **extra
+        rest_params = only_rest(treedef.flatten_up_to(params))
+      still = lambda x: jnp.where(rest_ok, x, 0).astype(x.dtype)
+      g = jax.tree.map(still, only_rest(leaves))
+      u, rest_state = plain.update(g, state.rest, rest_params, **extra)
+      u = treedef.flatten_up_to(
+        jax.tree.map(lambda u, g: still(u).astype(g.dtype), u, g)
       )
-      u = treedef.flatten_up_to(u)
-      for i in dense:
-        out[i] = jnp.where(ok_rest, u[i], 0).astype(leaves[i].dtype)
+      out = [u if p.reason else x for (p, _), u, x in zip(plans, u, leaves)]
+
+      tick = lambda flag, n: jnp.where(flag, optax.safe_increment(n), n)
       return treedef.unflatten(out), MatricesState(
-        count=jnp.where(moved, optax.safe_increment(state.count), state.count),
-        skipped=jnp.where(taken, state.skipped, optax.safe_increment(state.skipped)),
-        slots=treedef.unflatten(new),
-        rest=_select(ok_rest, rest_state, state.rest),
+        count=tick(counted, state.count),
+        skipped=tick(~taken, state.skipped),
+        slots=treedef.unflatten(slots),
+        rest=select(rest_ok, rest_state, state.rest),
       )
 
-    return sharding.outside_explicit(step, (updates, state))(
-      updates, state, params, extra
-    )
+    placed = sharding.outside_explicit(step, (updates, state))
+    return placed(updates, state, params, extra)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -191,106 +158,20 @@ def nodes(tree: Any, kind: type) -> list:
   return [x for x in jax.tree.leaves(tree, is_leaf=is_kind) if is_kind(x)]
 
 
-class _Matrices(NamedTuple):
-  """One leaf at work; `ok` (may be used) and `nonzero` are flags (*stack)."""
-
-  rule: MatrixTransform
-  plan: LeafPlan
-  leaf: jax.Array
-  slot: Slot
-  ok: jax.Array
-  nonzero: jax.Array
-
-  @property
-  def g(self) -> jax.Array:
-    return _wide(to_matrix(self.leaf, self.plan))
-
-  def over_stack(self, f: Callable) -> Callable:
-    for _ in self.plan.stack:
-      f = jax.vmap(f)
-    return f
+def _init_slot(rule: Callable, plan: LeafPlan, x: Any) -> Slot | optax.MaskedNode:
+  if plan.reason:
+    record(plan, x, None)
+    return optax.MaskedNode()
+  one = rule(plan.rank)
+  slot = sharding.place_slot(stacks.init_slot(one, plan, x), one, plan, x)
+  record(plan, x, slot)
+  return slot
 
 
-def _init_slot(rule: MatrixTransform, plan: LeafPlan, x: Any) -> Slot:
-  dtype = jnp.promote_types(x.dtype, jnp.float32)
-  one = rule.init(jax.ShapeDtypeStruct(plan.matrix, dtype))
-  stacked = lambda a: jnp.broadcast_to(a, plan.stack + jnp.shape(a))
-  slot = Slot(jnp.zeros([], jnp.int32), one)
-  return sharding.place_slot(jax.tree.map(stacked, slot), rule, plan, x)
-
-
-def _refresh(
-  matrices: list[_Matrices], step: jax.Array, moved: jax.Array, seed: int
-) -> list[_Matrices]:
-  """Runs the refreshes that are due, behind one scalar predicate for the whole tree.
-
-  Where the step counts (`moved`), a refresh that cannot run now stays due.
-  """
-  at = [i for i, m in enumerate(matrices) if m.rule.refresh is not None]
-  if not at:
-    return matrices
-  phases = _phases([matrices[i].plan.stack for i in at])
-  due = []
-  for i, phase in zip(at, phases):
-    m = matrices[i]
-    scheduled = m.over_stack(lambda s, p, due=m.rule.due: due(s, step, p))
-    due.append((scheduled(m.slot.state, phase) | (m.slot.overdue > 0)) & moved)
-  run = [d & matrices[i].ok & matrices[i].nonzero for i, d in zip(at, due)]
-
-  def refresh_all() -> list:
-    return [_refresh_leaf(matrices[i], r, step, seed) for i, r in zip(at, run)]
-
-  def refresh_none() -> list:
-    return [(matrices[i].slot.state, jnp.zeros_like(r)) for i, r in zip(at, run)]
-
-  done = jax.lax.cond(~_all(~r for r in run), refresh_all, refresh_none)
-  out = list(matrices)
-  for i, d, r, (state, good) in zip(at, due, run, done):
-    failed = out[i].slot.overdue + r.astype(jnp.int32)
-    overdue = jnp.where(good, 0, jnp.maximum(failed, d.astype(jnp.int32)))
-    out[i] = out[i]._replace(slot=Slot(overdue, state))
-  return out
-
-
-def _refresh_leaf(m: _Matrices, run: jax.Array, step: jax.Array, seed: int) -> tuple:
-  """(state, done (*stack)) after refreshing those matrices of one leaf that are due."""
-  key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(m.plan.path.encode()))
-  keys = jax.random.split(jax.random.fold_in(key, step), m.plan.stack)
-  assert m.rule.refresh is not None
-
-  def one(run: jax.Array, key: jax.Array, g: jax.Array, state: Any) -> tuple:
-    new, good = m.rule.refresh(key, g, state)
-    accept = run & good
-    # Untouched parts stay the same object, so that the cond does not copy them.
-    pick = lambda n, o: o if n is o else jnp.where(accept, n, o)
-    return jax.tree.map(pick, new, state), accept
-
-  def idle(run: jax.Array, key: jax.Array, g: jax.Array, state: Any) -> tuple:
-    return state, jnp.zeros_like(run)
-
-  # LAPACK may never return from a matrix with an infinite entry.
-  args = (run, keys, jnp.where(_over(m.ok, 2), m.g, 0), m.slot.state)
-  if m.rule.batched or not m.plan.stack:
-    all_at_once = m.over_stack(one)
-    return jax.lax.cond(jnp.any(run), all_at_once, m.over_stack(idle), *args)
-  flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(m.plan.stack) :]), args)
-  each = lambda args: jax.lax.cond(args[0], one, idle, *args)
-  some = lambda *args: jax.lax.map(each, args)
-  out = jax.lax.cond(jnp.any(run), some, jax.vmap(idle), *flat)
-  return jax.tree.map(lambda x: x.reshape(*m.plan.stack, *x.shape[1:]), out)
-
-
-def _phases(stacks: list[tuple[int, ...]]) -> list[jax.Array]:
-  """One number in [0, 1) for each matrix, evenly spread over all of them."""
-  sizes = [functools.reduce(lambda a, b: a * b, s, 1) for s in stacks]
-  phases, start = [], 0
-  for stack, size in zip(stacks, sizes):
-    part = np.arange(start, start + size) / sum(sizes)
-    # Rounded up: a phase of 1/3 must not fall short of step 1 in a period of 3.
-    part = np.nextafter(part.astype(np.float32), np.float32(2))
-    phases.append(jnp.asarray(part.reshape(stack)))
-    start += size
-  return phases
+def _only_rest(plans: list, treedef: Any, leaves: list) -> Any:
+  """The tree with the leaves that are not projected."""
+  keep = [x if p.reason else optax.MaskedNode() for (p, _), x in zip(plans, leaves)]
+  return treedef.unflatten(keep)
 
 
 def _check_like_init(plans: list, updates: Any, state: Any, like: Any) -> None:
@@ -334,26 +215,3 @@ def _alike(a: Any, b: Any) -> bool:
   """Whether two trees have the same structure, shapes and dtypes."""
   types = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
   return jax.tree.structure(a) == jax.tree.structure(b) and types(a) == types(b)
-
-
-def _wide(g: jax.Array) -> jax.Array:
-  return g.astype(jnp.promote_types(g.dtype, jnp.float32))
-
-
-def _largest(g: jax.Array, stack: int) -> jax.Array:
-  return jnp.max(jnp.abs(_wide(g)), axis=tuple(range(stack, g.ndim)))
-
-
-def _all(flags: Any) -> jax.Array:
-  return functools.reduce(jnp.logical_and, map(jnp.all, flags), jnp.asarray(True))
-
-
-def _over(flag: jax.Array, axes: int) -> jax.Array:
-  """A flag per matrix with `axes` axes of size one behind."""
-  return flag.reshape(*flag.shape, *(1,) * axes)
-
-
-def _select(flag: jax.Array, new: Any, old: Any) -> Any:
-  """`new` where `flag` (*stack) holds, else `old`, over trees."""
-  pick = lambda n, o: n if n is o else jnp.where(_over(flag, n.ndim - flag.ndim), n, o)
-  return jax.tree.map(pick, new, old)

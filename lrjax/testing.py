@@ -250,7 +250,9 @@ def orbax_round_trip(tx: Transform) -> None:
 
   params, grads = example()
   _, state = trajectory(tx, params, grads[:2])
-  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+  abstract = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+  )
   with tempfile.TemporaryDirectory() as d:
     ocp.save(f'{d}/state', state)
     restored = ocp.load(f'{d}/state', abstract)

@@ -11,7 +11,9 @@ from tests import runner
 def reference(tmp_path_factory):
   """The directory, the final bits and the metrics of an undisturbed run."""
   root = tmp_path_factory.mktemp('reference')
-  assert runner.finish(runner.command(runner.tiny(), root), root) == 0, runner.log_of(root)
+  assert runner.finish(runner.command(runner.tiny(), root), root) == 0, runner.log_of(
+    root
+  )
   return root, runner.final(root / 'runs' / 'tiny')
 
 

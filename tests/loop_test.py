@@ -22,7 +22,9 @@ class Never(Preemption):
 
 def run(experiment, root, **flags):
   directory = loop.run(experiment, root, Never(), **flags)
-  lines = [json.loads(x) for x in (directory / 'metrics.jsonl').read_text().splitlines()]
+  lines = [
+    json.loads(x) for x in (directory / 'metrics.jsonl').read_text().splitlines()
+  ]
   return directory, lines
 
 
@@ -44,7 +46,8 @@ def test_learns_and_leaves_its_files(name, tmp_path):
   assert (summary['optimizer_bytes'] < summary['adam_bytes']) == (name == 'galore')
   assert list((directory / 'tensorboard').iterdir())
   refresh = [
-    json.loads(x)['refresh'] for x in (directory / 'timing.jsonl').read_text().splitlines()
+    json.loads(x)['refresh']
+    for x in (directory / 'timing.jsonl').read_text().splitlines()
   ]
   expected = [t % 5 == 0 for t in range(24)] if name == 'galore' else [False] * 24
   assert refresh == expected
@@ -112,7 +115,9 @@ def test_vocabulary_and_devices_that_do_not_fit(tmp_path):
   with pytest.raises(ValueError, match='256.*100|100.*256'):
     run(runner.tiny(model=small), tmp_path)
   with pytest.raises(errors.ConfigError, match='16 devices, but there are 8'):
-    wide = runner.tiny(mesh=Mesh(data=4, fsdp=4), data=replace(runner.tiny().data, batch_size=16))
+    wide = runner.tiny(
+      mesh=Mesh(data=4, fsdp=4), data=replace(runner.tiny().data, batch_size=16)
+    )
     run(wide, tmp_path, overwrite=True)
 
 
@@ -131,7 +136,9 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
   data = replace(runner.tiny().data, batch_size=8)
   half = Checkpoint(every=6)
   _, want = run(runner.tiny(name='whole', data=data, checkpoint=half), tmp_path)
-  first = runner.tiny(name='moved', data=data, checkpoint=half, mesh=Mesh(fsdp=2, tensor=2))
+  first = runner.tiny(
+    name='moved', data=data, checkpoint=half, mesh=Mesh(fsdp=2, tensor=2)
+  )
 
   class AtSix(Preemption):
     def requested(self, step):

@@ -12,7 +12,7 @@ from samples import basis_of, gradients, matrix
 
 import lrjax
 from lrjax import bases
-from lrjax.matrices import _phases
+from lrjax.stacks import phases
 
 SHAPES = {'a': (6, 8), 'b': (4, 8, 6), 'c': (2, 2, 6, 6)}
 
@@ -26,11 +26,11 @@ def test_every_needs_a_period_of_at_least_one():
 
 def test_staggered_steps_share_the_matrices_evenly():
   sizes = (1, 2, 3, 9, 25, 29, 31, 250)
-  phases = [np.ravel(p) for n in sizes for p in _phases([(n,)])]
+  found = [np.ravel(p) for n in sizes for p in phases([(n,)])]
   steps = jnp.arange(401)[:, None]
   for period in (1, 2, 3, 5, 7, 25, 29, 200):
     due = lrjax.every(period, stagger=True).due
-    plans = np.asarray(due((), steps, jnp.concatenate(phases)[None]))
+    plans = np.asarray(due((), steps, jnp.concatenate(found)[None]))
     for n, plan in zip(sizes, np.split(plans, np.cumsum(sizes)[:-1], axis=1)):
       first, rest = plan[0], plan[1:]
       assert first.all()
@@ -40,7 +40,7 @@ def test_staggered_steps_share_the_matrices_evenly():
 
 
 def test_phases_count_through_all_leaves():
-  parts = _phases([(2,), (), (2, 3)])
+  parts = phases([(2,), (), (2, 3)])
   assert [p.shape for p in parts] == [(2,), (), (2, 3)]
   whole = np.concatenate([np.ravel(p) for p in parts])
   np.testing.assert_allclose(whole, np.arange(9) / 9, atol=1e-6)

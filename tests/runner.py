@@ -27,7 +27,11 @@ def tiny(**changes) -> Experiment:
     steps=12,
     model=LlamaConfig(256, 16, 24, num_layers=2, num_heads=2, max_seq_len=16),
     data=DataConfig(
-      source='synthetic', synthetic_bytes=20_000, seq_len=16, batch_size=4, valid_windows=8
+      source='synthetic',
+      synthetic_bytes=20_000,
+      seq_len=16,
+      batch_size=4,
+      valid_windows=8,
     ),
     optimizer=Optimizer('galore', 1e-2, options=GALORE),
     checkpoint=Checkpoint(every=4),

@@ -1,0 +1,189 @@
+"""The matrices of one leaf at work: their state, their step, their refresh."""
+
+import functools
+import math
+import zlib
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lrjax.types import MatrixTransform
+from lrjax.views import LeafPlan, from_matrix, to_matrix
+
+# Above this a squared gradient comes near float32's end: the second moment would turn
+# infinite and every later update zero, without a sign of it.
+LARGEST = 1e15
+
+
+class Slot(NamedTuple):
+  """State of the matrices of one leaf; arrays lead with the leaf's stack axes.
+
+  Attributes:
+    overdue: int32, how often in a row the refresh that is due has failed; at least 1
+      while it waits for a usable gradient, 0 when it is done.
+    state: the rule's own state.
+  """
+
+  overdue: jax.Array
+  state: Any
+
+
+class Stack(NamedTuple):
+  """One projected leaf during a step.
+
+  Attributes:
+    rule: what is done to each matrix.
+    plan: how the leaf is a stack of matrices.
+    leaf: its gradient.
+    slot: their state.
+    ok: bool (*stack), whether the gradient may be used.
+    nonzero: bool (*stack), whether it can set a basis.
+  """
+
+  rule: MatrixTransform
+  plan: LeafPlan
+  leaf: jax.Array
+  slot: Slot
+  ok: jax.Array
+  nonzero: jax.Array
+
+  @property
+  def g(self) -> jax.Array:
+    """The gradient as (*stack, d, k), float32 or wider."""
+    return wide(to_matrix(self.leaf, self.plan))
+
+  def over_stack(self, f: Callable) -> Callable:
+    """`f` of one matrix, for all of them."""
+    for _ in self.plan.stack:
+      f = jax.vmap(f)
+    return f
+
+  def step(self) -> tuple[jax.Array, Slot]:
+    """The leaf's update and its state; nothing moves where `ok` is false."""
+    u, state = self.over_stack(self.rule.update)(self.g, self.slot.state)
+    u = from_matrix(jnp.where(over(self.ok, 2), u, 0), self.plan)
+    state = select(self.ok, state, self.slot.state)
+    return u.astype(self.leaf.dtype), self.slot._replace(state=state)
+
+
+def examine(
+  rule: MatrixTransform, plan: LeafPlan, leaf: jax.Array, slot: Slot
+) -> Stack:
+  """A `Stack` whose flags tell which gradients are good."""
+  most = largest(to_matrix(leaf, plan), len(plan.stack))
+  return Stack(rule, plan, leaf, slot, most < LARGEST, most > 0)
+
+
+def init_slot(rule: MatrixTransform, plan: LeafPlan, x: Any) -> Slot:
+  """The state of a leaf before its first step; `x` may be abstract."""
+  dtype = jnp.promote_types(x.dtype, jnp.float32)
+  one = rule.init(jax.ShapeDtypeStruct(plan.matrix, dtype))
+  stacked = lambda a: jnp.broadcast_to(a, plan.stack + jnp.shape(a))
+  return jax.tree.map(stacked, Slot(jnp.zeros([], jnp.int32), one))
+
+
+def refresh(
+  stacks: list[Stack], step: jax.Array, moved: jax.Array, seed: int
+) -> list[Stack]:
+  """Runs the refreshes that are due, behind one scalar predicate for all leaves.
+
+  Where the step counts (`moved`), a refresh that cannot run now stays due.
+  """
+  at = [i for i, s in enumerate(stacks) if s.rule.refresh is not None]
+  if not at:
+    return stacks
+  shifts = phases([stacks[i].plan.stack for i in at])
+  due = [_due(stacks[i], step, phase) & moved for i, phase in zip(at, shifts)]
+  run = [d & stacks[i].ok & stacks[i].nonzero for i, d in zip(at, due)]
+
+  def refresh_all() -> list:
+    return [_refresh_leaf(stacks[i], r, step, seed) for i, r in zip(at, run)]
+
+  def refresh_none() -> list:
+    return [(stacks[i].slot.state, jnp.zeros_like(r)) for i, r in zip(at, run)]
+
+  done = jax.lax.cond(~all_of(~r for r in run), refresh_all, refresh_none)
+  out = list(stacks)
+  for i, d, r, (state, good) in zip(at, due, run, done):
+    failed = out[i].slot.overdue + r.astype(jnp.int32)
+    overdue = jnp.where(good, 0, jnp.maximum(failed, d.astype(jnp.int32)))
+    out[i] = out[i]._replace(slot=Slot(overdue, state))
+  return out
+
+
+def _due(s: Stack, step: jax.Array, phase: jax.Array) -> jax.Array:
+  """bool (*stack): scheduled now, or left over from before."""
+  due = s.rule.due
+  assert due is not None
+  scheduled = s.over_stack(lambda state, phase: due(state, step, phase))
+  return scheduled(s.slot.state, phase) | (s.slot.overdue > 0)
+
+
+def _refresh_leaf(s: Stack, run: jax.Array, step: jax.Array, seed: int) -> tuple:
+  """(state, done (*stack)) after refreshing those matrices of one leaf that are due."""
+  refresh = s.rule.refresh
+  assert refresh is not None
+  key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(s.plan.path.encode()))
+  keys = jax.random.split(jax.random.fold_in(key, step), s.plan.stack)
+
+  def one(run: jax.Array, key: jax.Array, g: jax.Array, state: Any) -> tuple:
+    new, good = refresh(key, g, state)
+    accept = run & good
+    # Untouched parts stay the same object, so that the cond does not copy them.
+    pick = lambda n, o: o if n is o else jnp.where(accept, n, o)
+    return jax.tree.map(pick, new, state), accept
+
+  def idle(run: jax.Array, key: jax.Array, g: jax.Array, state: Any) -> tuple:
+    return state, jnp.zeros_like(run)
+
+  # LAPACK may never return from a matrix with an infinite entry.
+  args = (run, keys, jnp.where(over(s.ok, 2), s.g, 0), s.slot.state)
+  if s.rule.batched or not s.plan.stack:
+    return jax.lax.cond(jnp.any(run), s.over_stack(one), s.over_stack(idle), *args)
+  flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(s.plan.stack) :]), args)
+  each = lambda args: jax.lax.cond(args[0], one, idle, *args)
+  some = lambda *args: jax.lax.map(each, args)
+  out = jax.lax.cond(jnp.any(run), some, jax.vmap(idle), *flat)
+  return jax.tree.map(lambda x: x.reshape(*s.plan.stack, *x.shape[1:]), out)
+
+
+def phases(stacks: list[tuple[int, ...]]) -> list[jax.Array]:
+  """One number in [0, 1) for each matrix, evenly spread over all of them."""
+  sizes = [math.prod(s) for s in stacks]
+  out, start = [], 0
+  for stack, size in zip(stacks, sizes):
+    part = np.arange(start, start + size) / sum(sizes)
+    # Rounded up: a phase of 1/3 must not fall short of step 1 in a period of 3.
+    part = np.nextafter(part.astype(np.float32), np.float32(2))
+    out.append(jnp.asarray(part.reshape(stack)))
+    start += size
+  return out
+
+
+def largest(g: jax.Array, stack: int = 0) -> jax.Array:
+  """The largest magnitude over all axes but the first `stack`; NaN if there is one."""
+  return jnp.max(jnp.abs(wide(g)), axis=tuple(range(stack, g.ndim)))
+
+
+def all_of(flags: Iterable[jax.Array]) -> jax.Array:
+  """bool[], whether all entries of all flags hold."""
+  return functools.reduce(jnp.logical_and, map(jnp.all, flags), jnp.asarray(True))
+
+
+def wide(g: jax.Array) -> jax.Array:
+  """`g` in float32, or wider if it is."""
+  return g.astype(jnp.promote_types(g.dtype, jnp.float32))
+
+
+def over(flag: jax.Array, axes: int) -> jax.Array:
+  """A flag with `axes` axes of size one behind."""
+  return flag.reshape(*flag.shape, *(1,) * axes)
+
+
+def select(flag: jax.Array, new: Any, old: Any) -> Any:
+  """`new` where `flag` (*stack) holds, else `old`, over trees."""
+  pick = lambda n, o: n if n is o else jnp.where(over(flag, n.ndim - flag.ndim), n, o)
+  return jax.tree.map(pick, new, old)
