@@ -1,4 +1,4 @@
-"""Trains several methods on the same batches: `python -m experiments.compare --preset demo`.
+"""Trains methods on the same batches: `python -m experiments.compare --preset demo`.
 
 Runs that are finished are kept, one that was interrupted goes on, and the report holds
 all of them. Exit codes are those of `experiments.train`.

@@ -112,7 +112,7 @@ def test_too_many_bad_batches_end_the_run_usefully(tmp_path, monkeypatch):
 
 def test_vocabulary_and_devices_that_do_not_fit(tmp_path):
   small = replace(runner.tiny().model, vocab_size=100)
-  with pytest.raises(ValueError, match='256.*100|100.*256'):
+  with pytest.raises(ValueError, match=r'256.*100|100.*256'):
     run(runner.tiny(model=small), tmp_path)
   with pytest.raises(errors.ConfigError, match='16 devices, but there are 8'):
     wide = runner.tiny(

@@ -62,16 +62,15 @@ def environment(root: pathlib.Path) -> dict[str, str]:
 @contextlib.contextmanager
 def started(words: list[str], root: pathlib.Path):
   """A process of its own group, killed at the end whatever happens."""
-  log = open(root / 'log.txt', 'a')
-  process = subprocess.Popen(
-    words, cwd=ROOT, env=environment(root), stdout=log, stderr=log, text=True
-  )
-  try:
-    yield process
-  finally:
-    process.kill()
-    process.wait()
-    log.close()
+  with open(root / 'log.txt', 'a') as log:
+    process = subprocess.Popen(
+      words, cwd=ROOT, env=environment(root), stdout=log, stderr=log, text=True
+    )
+    try:
+      yield process
+    finally:
+      process.kill()
+      process.wait()
 
 
 def finish(words: list[str], root: pathlib.Path, timeout: float = 120) -> int:
