@@ -1,0 +1,47 @@
+"""Every notebook: small cells with text before them, no outputs, and it runs."""
+
+import pathlib
+
+import nbclient
+import nbformat
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / 'colab').glob('*.ipynb'))
+assert NOTEBOOKS
+
+
+def read(path):
+  return nbformat.read(path, as_version=4)
+
+
+def lines(cell):
+  return [line for line in cell.source.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_is_committed_clean_and_readable(path):
+  cells = read(path).cells
+  assert cells[0].cell_type == 'markdown' and '?' in cells[0].source.splitlines()[0]
+  code = [cell for cell in cells if cell.cell_type == 'code']
+  assert 'find_spec' in code[0].source, 'the first code cell installs what is missing'
+  assert not any(cell.outputs or cell.execution_count for cell in code)
+  assert all(1 <= len(lines(cell)) <= 7 for cell in code)
+  assert sum(len(lines(cell)) for cell in code) <= 90
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_runs(path, monkeypatch):
+  monkeypatch.delenv('XLA_FLAGS', raising=False)  # one device, as its reader has
+  monkeypatch.setenv('PYTHONPATH', str(ROOT))
+  notebook = read(path)
+  nbclient.NotebookClient(
+    notebook,
+    timeout=300,
+    kernel_name='python3',
+    resources={'metadata': {'path': str(path.parent)}},
+  ).execute()
+  outputs = [o for c in notebook.cells for o in c.get('outputs', ())]
+  assert any('image/png' in o.get('data', {}) for o in outputs), 'no picture was drawn'
+  assert not any(o.get('name') == 'stderr' for o in outputs), outputs
