@@ -65,12 +65,16 @@ def rows(sizes: Sequence[str], dtype: Dtype) -> list[Row]:
       raise errors.ConfigError(f'sizes: unknown {size!r}; known: {", ".join(known)}')
     experiment = PRESETS[f'galore_{size}']
     params = abstract_params(experiment.model, dtype)
-    for name, tx in methods(experiment.optimizer.options['rank'], dtype).items():
+    for name, tx in methods(_rank(experiment), dtype).items():
       c = lrjax.coverage(tx, params)
       out.append(
         Row(size, name, c.param_bytes, c.param_bytes, c.state_bytes, c.adam_bytes)
       )
   return out
+
+
+def _rank(experiment: Any) -> int:
+  return int(experiment.optimizer.options['rank'])
 
 
 def methods(rank: int, dtype: Dtype) -> dict[str, optax.GradientTransformation]:

@@ -1,9 +1,8 @@
 """The methods an experiment can name, and how a config becomes a transformation."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -80,7 +79,7 @@ def inner_optimizer(
   return makers[name]()
 
 
-def schedule(experiment: Experiment) -> Callable[[Any], jax.Array]:
+def schedule(experiment: Experiment) -> optax.Schedule:
   """Learning rate over steps: linear warm-up from 0, then the config's decay."""
   o, warmup = experiment.optimizer, experiment.warmup
   left = max(experiment.steps - warmup, 1)

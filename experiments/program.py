@@ -37,7 +37,7 @@ class Program(NamedTuple):
   batch_sharding: NamedSharding
   state: Any
   init: Callable[[], Any]
-  step: Callable
+  step: Any
   evaluate: Callable
   gradients: Callable
   tx: optax.GradientTransformation
@@ -102,7 +102,7 @@ def build(experiment: Experiment) -> Program:
     return new, dict(
       loss=value,
       grad_norm=norm,
-      learning_rate=rate(new['step'] - 1 - skipped),
+      learning_rate=jnp.asarray(rate(new['step'] - 1 - skipped)),
       skipped_steps=skipped,
       bad=new['bad'],
       overdue_refreshes=health['overdue_refreshes'],

@@ -27,7 +27,9 @@ class Coverage(NamedTuple):
   adam_bytes: int
 
   def __str__(self) -> str:
-    cells = [('leaf', 'shape', 'side', 'rank', 'matrices', 'state bytes', 'note')]
+    cells: list[tuple[str, ...]] = [
+      ('leaf', 'shape', 'side', 'rank', 'matrices', 'state bytes', 'note')
+    ]
     blank = lambda x: '' if x in (None, 0) else str(x)
     for r in self.rows:
       numbers = map(blank, (r.rank, r.stack, r.state_bytes))

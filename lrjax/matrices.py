@@ -100,7 +100,7 @@ def on_matrices(
     return MatricesState(zero, zero, treedef.unflatten(slots), rest_state)
 
   def update(
-    updates: Any, state: MatricesState, params: Any = None, **extra: Any
+    updates: Any, state: Any, params: Any = None, **extra: Any
   ) -> tuple[Any, MatricesState]:
     plans = plan_tree(updates)
     _check_like_init(plans, updates, state, jax.eval_shape(init, updates))

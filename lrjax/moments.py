@@ -73,8 +73,9 @@ def adam(
     )
     return AdamState(jnp.zeros([], jnp.int32), zeros(mu_dtype), zeros(nu_dtype))
 
-  def update(g: Any, s: AdamState, params: Any = None) -> tuple[Any, AdamState]:
-    count = optax.safe_increment(s.count)
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AdamState]:
+    g, s = updates, state
+    count = jnp.asarray(optax.safe_increment(s.count))
     blend = lambda b, m, x: b * m.astype(wide(x)) + (1 - b) * x.astype(wide(x))
     mu = jax.tree.map(lambda x, m: blend(b1, m, x), g, s.mu)
     nu = jax.tree.map(lambda x, v: blend(b2, v, jnp.square(x.astype(wide(x)))), g, s.nu)
@@ -109,12 +110,13 @@ def factored_rms(**kwargs: Any) -> optax.GradientTransformation:
   Returns:
     An `optax.GradientTransformation`.
   """
+  kwargs = {'min_dim_size_to_factor': 2, **kwargs}
   inner = optax.chain(
-    optax.scale_by_factored_rms(**{'min_dim_size_to_factor': 2, **kwargs}),
+    optax.scale_by_factored_rms(**kwargs),
     optax.clip_by_block_rms(1.0),
   )
 
-  def update(g: Any, s: Any, params: Any = None) -> tuple[Any, Any]:
-    return inner.update(g, s, g)
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    return inner.update(updates, state, updates)
 
   return optax.GradientTransformation(inner.init, update)

@@ -90,15 +90,15 @@ def place_slot(slot: Any, rule: MatrixTransform, plan: LeafPlan, x: Any) -> Any:
     return slot
   assert plan.axes is not None
   stack, ins, outs = plan.axes
-  spec = (*spec, *(None,) * (len(plan.shape) - len(spec)))
+  full = (*spec, *(None,) * (len(plan.shape) - len(spec)))
   first, second = (ins, outs) if plan.side == 'in' else (outs, ins)
-  side = lambda axes: spec[axes[0]] if len(axes) == 1 else _merged(spec, axes)
+  side = lambda axes: _merged(full, axes)
   by_size = {_D: side(first), _K: side(second)}
   probe = jax.eval_shape(lambda: rule.init(jax.ShapeDtypeStruct((_D, _K), x.dtype)))
 
   def place(x: jax.Array, one: Any) -> jax.Array:
     roles = [by_size.get(n) for n in one.shape]
-    return jax.sharding.reshard(x, PartitionSpec(*(spec[a] for a in stack), *roles))
+    return jax.sharding.reshard(x, PartitionSpec(*(full[a] for a in stack), *roles))
 
   whole = jax.ShapeDtypeStruct((), jnp.int32)
   return jax.tree.map(place, slot, type(slot)(whole, probe))

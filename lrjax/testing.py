@@ -81,7 +81,7 @@ def _jitted(tx: Transform) -> Callable:
 def compiles_once(tx: Transform) -> None:
   """Five steps, refreshes among them, compile one program."""
   params, grads = example()
-  update = jax.jit(tx.update)
+  update: Any = jax.jit(tx.update)
   state = tx.init(params)
   for g in grads:
     _, state = update(g, state, params)
@@ -179,7 +179,8 @@ def sees_only_its_part(tx: Transform) -> None:
 def accumulates(tx: Transform) -> None:
   """MultiSteps over two micro-batches equals one step on their mean gradient."""
   params, grads = example()
-  out, _ = trajectory(optax.MultiSteps(tx, 2), params, grads[:4])
+  twice = optax.MultiSteps(tx, 2)
+  out, _ = trajectory(twice.gradient_transformation(), params, grads[:4])
   mean = lambda a, b: jax.tree.map(lambda x, y: (x + y) / 2, a, b)
   want, _ = trajectory(tx, params, [mean(*grads[:2]), mean(*grads[2:4])])
   _close([out[1], out[3]], want)
@@ -197,7 +198,7 @@ def maps_over_params(tx: Transform) -> None:
   """`optax.tree.map_params` finds its way through the state."""
   params, _ = example()
   state = tx.init(params)
-  mapped = optax.tree.map_params(tx, lambda x: x, state)
+  mapped = optax.tree.map_params(tx.init, lambda x: x, state)
   assert jax.tree.structure(mapped) == jax.tree.structure(state)
 
 
@@ -302,7 +303,7 @@ def _shards_on(
     state = jax.jit(tx.init, out_shardings=named(specs))(p)
     if kind == AxisType.Explicit:
       _same_placement(jax.jit(tx.init)(p), state)
-    update = jax.jit(tx.update, out_shardings=(named(SPECS), named(specs)))
+    update: Any = jax.jit(tx.update, out_shardings=(named(SPECS), named(specs)))
     for g, w in zip(grads, want):
       u, state = update(put(g), state, p)
       _close(jax.device_get(u), w, 1e-4)

@@ -44,10 +44,8 @@ def _moments(inner: Any, on_mu: Callable, on_nu: Callable) -> Any:
   found: list[str] = []
 
   def visit(s: Any) -> Any:
-    if not isinstance(s, tuple):
-      return s
     if not hasattr(s, '_fields'):
-      return tuple(map(visit, s))
+      return tuple(map(visit, s)) if isinstance(s, tuple) else s
     new = {k: visit(v) for k, v in s._asdict().items()}
     for k in new.keys() & maps.keys():
       found.append(k)

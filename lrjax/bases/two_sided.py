@@ -23,12 +23,18 @@ def two_sided(basis: Basis) -> Basis:
   Returns:
     A `Basis` with no single P: transports that rotate moments do not fit it.
 
+  Raises:
+    ValueError: if `basis` is two-sided itself.
+
   >>> import jax.numpy as jnp, lrjax
   >>> b = two_sided(lrjax.svd(2))
   >>> g = jnp.ones((3, 5))
   >>> b.down(b.init(3, 5, g.dtype), g).shape
   (2, 2)
   """
+  matrix = basis.matrix
+  if matrix is None:
+    raise ValueError('two_sided needs a basis with one matrix P, such as lrjax.svd')
 
   def init(d: int, k: int, dtype: Any) -> TwoSided:
     return TwoSided(basis.init(d, k, dtype), basis.init(k, d, dtype))
@@ -41,7 +47,7 @@ def two_sided(basis: Basis) -> Basis:
     return basis.down(b.right, basis.down(b.left, g).T).T
 
   def up(b: TwoSided, low: jax.Array, d: int) -> jax.Array:
-    k = jax.eval_shape(lambda: basis.matrix(b.right, 0)).shape[0]
+    k = len(matrix(b.right, 0))
     return basis.up(b.right, basis.up(b.left, low, d).T, k).T
 
   return Basis(init, fit, down, up, None)

@@ -45,7 +45,7 @@ def assemble(
   def init(params: Any) -> tuple:
     return rule.init(params), tail.init(params)
 
-  def update(updates: Any, state: tuple, params: Any = None, **extra: Any) -> tuple:
+  def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple:
     u, rule_state = rule.update(updates, state[0], params, **extra)
     out, tail_state = tail.update(u, state[1], params, **extra)
     old, new = (nodes(s, MatricesState)[0].count for s in (state[0], rule_state))
