@@ -116,9 +116,10 @@ def on_matrices(
       slots.append(slot)
       dense.append(x if plan.reason else optax.MaskedNode())
       record(plan, x, slot)
-    zero = jnp.zeros([], jnp.int32)
     rest_state = plain.init(treedef.unflatten(dense))
-    return MatricesState(zero, zero, treedef.unflatten(slots), rest_state)
+    # Two arrays: one buffer cannot be donated twice.
+    count, skipped = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
+    return MatricesState(count, skipped, treedef.unflatten(slots), rest_state)
 
   def update(
     updates: Any, state: MatricesState, params: Any = None, **extra: Any
