@@ -95,9 +95,10 @@ def on_matrices(
     treedef = jax.tree.structure(params)
     plans = plan_tree(params)
     slots = [_init_slot(rule, plan, x) for plan, x in plans]
-    zero = jnp.zeros([], jnp.int32)
+    # Two arrays: one buffer cannot be donated twice.
+    count, skipped = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
     rest_state = plain.init(_only_rest(plans, treedef, [x for _, x in plans]))
-    return MatricesState(zero, zero, treedef.unflatten(slots), rest_state)
+    return MatricesState(count, skipped, treedef.unflatten(slots), rest_state)
 
   def update(
     updates: Any, state: Any, params: Any = None, **extra: Any

@@ -89,12 +89,14 @@ def compiles_once(tx: Transform) -> None:
 
 
 def state_is_plain(tx: Transform) -> None:
-  """The state is arrays of stable type, none empty, with `init` true to its shapes."""
+  """The state is distinct arrays of stable type, none empty, as `init` promises."""
   params, grads = example()
   state = tx.init(params)
   for path, x in jax.tree.leaves_with_path(state):
     assert isinstance(x, jax.Array), f'{path}: {type(x)} is not an array'
     assert x.size, f'{path}: empty arrays cannot be saved'
+  leaves = jax.tree.leaves(state)
+  assert len({id(x) for x in leaves}) == len(leaves), 'no buffer is donated twice'
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
   want = _types(state)
   assert _types(jax.eval_shape(tx.init, params)) == want
