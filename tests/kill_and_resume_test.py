@@ -1,6 +1,8 @@
 """Runs that are killed or interrupted end on the bits of one that was not."""
 
 import random
+import re
+import time
 
 import pytest
 
@@ -29,14 +31,19 @@ def test_sigkill_loses_no_bits(trial, tmp_path, reference):
   root, rng = rooted(tmp_path, reference), random.Random(trial)
   run = root / 'runs' / 'tiny'
   words = runner.command(runner.tiny(), root, '--resume')
+  reached = []
   kills = sorted(rng.sample(range(1, 12), rng.choice([1, 1, 2])))
   for step in kills:
     with runner.started(words, root) as process:
       runner.wait_for_step(process, run, step)
       process.send_signal(runner.KILL)
       process.wait()
+    reached.append(runner.last_step(run))
   assert runner.finish(words, root) == 0, runner.log_of(root)
   assert runner.final(run) == reference[1], f'killed at {kills}'
+  resumed = [int(x) for x in re.findall(r'resume step=(\d+)', runner.log_of(root))]
+  # A save waits for the one before, so at most two intervals of 4 steps are lost.
+  assert all(a - b <= 8 for a, b in zip(reached, resumed, strict=True))
 
 
 @pytest.mark.slow
@@ -55,3 +62,16 @@ def test_signals_save_and_leave(number, tmp_path, reference):
   assert runner.finish(words, root) == 0, runner.log_of(root)
   assert f'resume step={step} ' in runner.log_of(root), 'steps were lost'
   assert runner.final(run) == reference[1]
+
+
+@pytest.mark.slow
+def test_a_signal_before_the_first_step_leaves_without_a_save(tmp_path):
+  run = tmp_path / 'runs' / 'tiny'
+  with runner.started(runner.command(runner.tiny(), tmp_path), tmp_path) as process:
+    # Nothing is compiled yet for this test: seconds pass before step 1.
+    while process.poll() is None and not (run / 'config.json').exists():
+      time.sleep(0.01)
+    process.send_signal(runner.TERM)
+    assert process.wait(60) == 144, runner.log_of(tmp_path)
+  assert 'nothing to save' in runner.log_of(tmp_path)
+  assert runner.last_step(run) == 0

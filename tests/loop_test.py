@@ -149,3 +149,21 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
   _, lines = run(replace(first, mesh=Mesh()), tmp_path, resume=True)
   assert [x['step'] for x in lines] == [x['step'] for x in want]
   np.testing.assert_allclose(losses(lines), losses(want), rtol=1e-5)
+
+
+def test_interrupted_in_an_evaluation_it_evaluates_first_when_it_goes_on(tmp_path):
+  want, _ = run(runner.tiny(name='whole'), tmp_path)
+
+  class InEvaluation(Preemption):
+    calls = 0
+
+    def requested(self, step):
+      self.calls += step == 6
+      return self.calls > 1
+
+  cut = runner.tiny(name='cut')
+  with pytest.raises(loop.Interrupted, match='step 6 of 12 is saved'):
+    loop.run(cut, tmp_path, InEvaluation())
+  directory, _ = run(cut, tmp_path, resume=True)
+  read = lambda d: (d / 'metrics.jsonl').read_bytes()
+  assert read(directory) == read(want)
