@@ -194,7 +194,7 @@ def bad_start(basis, value):
 
 def digest(mesh_shape):
   """L14: the bits after 50 steps with refreshes, bad and zero steps among them."""
-  tx = lrjax.galore(0.1, rank=3, update_proj_gap=12, basis='randomized_svd')
+  tx = lrjax.galore(0.1, rank=3, update_proj_gap=12)
   mesh = jax.make_mesh(mesh_shape, ('x', 'y'), axis_types=(AxisType.Auto,) * 2)
   specs = {'stack': P('x', None, 'y')}
   grads = [{n: g[n] for n in specs} for g in GRADS]

@@ -19,10 +19,9 @@ from lrjax.testing import trajectory
 # leaf: shape, View, shape of the stack of matrices it stands for
 LEAVES = {
   'experts': ((2, 3, 8, 6), View(), (6, 8, 6)),
-  'heads_out': ((8, 2, 5), View(0, (1, 2)), (8, 10)),
+  'scan_heads': ((2, 8, 2, 3), View(1, (2, 3)), (2, 8, 6)),
   'heads_in': ((2, 4, 10), View((0, 1), 2), (8, 10)),
   'conv': ((2, 2, 3, 6), View((0, 1, 2), 3), (12, 6)),
-  'scan_heads': ((2, 8, 2, 3), View(1, (2, 3)), (2, 8, 6)),
 }
 
 
