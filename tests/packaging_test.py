@@ -86,7 +86,7 @@ def test_installed_alone_every_module_is_imported_at_little_cost(wheel, tmp_path
   assert seconds < 2
 
 
-@pytest.mark.parametrize('command', ['train', 'compare', 'memory'])
+@pytest.mark.parametrize('command', ['train', 'compare'])
 def test_commands_explain_themselves(command):
   shown = run([sys.executable, '-m', f'experiments.{command}', '--help'], cwd=ROOT)
   assert len(shown.splitlines()) > 5
