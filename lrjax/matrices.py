@@ -24,14 +24,13 @@ class MatricesState(NamedTuple):
   Attributes:
     count: int32[], steps taken.
     skipped: int32[], steps not taken because a gradient was not finite or too large.
-    slots: the parameter tree with a `Slot` for each projected leaf and
-      `optax.MaskedNode` for the others.
-    rest: state of the plain transformation, on the leaves that are not projected.
+    slots: leaf path -> `Slot`, for each projected leaf.
+    rest: state of the plain transformation on a dict, leaf path -> leaf, of the others.
   """
 
   count: jax.Array
   skipped: jax.Array
-  slots: Any
+  slots: dict[str, Slot]
   rest: optax.OptState
 
 
@@ -64,11 +63,14 @@ def on_matrices(
       `(path, leaf) -> bool`; default `hidden_kernels`.
     weight_dimension_numbers: the matrix axes: a `View` for all leaves, rules
       `[(pattern, View or None)]`, a tree of Views, or a function from params to one.
-      Default: the last two axes, all others a stack.
+      Default: the last two axes, all others a stack; a leaf of three axes whose first
+      is the longest is taken for a DenseGeneral, and left to `rest` with a warning.
     rest: for the leaves that are not projected; default `optax.identity()`.
     seed: of the random numbers that refreshes draw, one stream per leaf path.
     guard: what a bad gradient holds back: the whole 'tree', or only its own 'matrix'
-      (and all of `rest` if it is there).
+      (and all of `rest` if it is there). Weight decay outside knows of neither, but for
+      'tree' in ready-made optimizers. `optax.MultiSteps` keeps a NaN in its sum: give it
+      `should_skip_update_fn=optax.skip_not_finite`.
 
   Returns:
     An `optax.GradientTransformationExtraArgs` whose state is a `MatricesState`.
@@ -92,58 +94,60 @@ def on_matrices(
   rule = functools.cache(rule)
 
   def init(params: Any) -> MatricesState:
-    treedef = jax.tree.structure(params)
     plans = plan_tree(params)
-    slots = [_init_slot(rule, plan, x) for plan, x in plans]
     # Two arrays: one buffer cannot be donated twice.
     count, skipped = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
-    rest_state = plain.init(_only_rest(plans, treedef, [x for _, x in plans]))
-    return MatricesState(count, skipped, treedef.unflatten(slots), rest_state)
+    if not plans:  # the placeholder by which optax.tree.map_params finds its way
+      return MatricesState(count, skipped, params, plain.init(params))
+    slots = {p.path: _init_slot(rule(p.rank), p, x) for p, x in plans if not p.reason}
+    for plan, x in plans:
+      record(plan, x, slots.get(plan.path))
+    return MatricesState(count, skipped, slots, plain.init(_rest(plans)))
 
   def update(
     updates: Any, state: Any, params: Any = None, **extra: Any
   ) -> tuple[Any, MatricesState]:
     plans = plan_tree(updates)
-    _check_like_init(plans, updates, state, jax.eval_shape(init, updates))
+    _check_like_init(plans, state, jax.eval_shape(init, updates))
+    if not plans:
+      return updates, state
 
     def step(updates: Any, state: MatricesState, params: Any, extra: dict) -> tuple:
       leaves, treedef = jax.tree.flatten(updates)
-      slots = treedef.flatten_up_to(state.slots)
+      here = [(p, x) for (p, _), x in zip(plans, leaves)]
       work = {
-        i: stacks.examine(rule(plan.rank), plan, leaf, slot)
-        for i, ((plan, _), leaf, slot) in enumerate(zip(plans, leaves, slots))
-        if not plan.reason
+        p.path: stacks.examine(rule(p.rank), p, x, state.slots[p.path])
+        for p, x in here
+        if not p.reason
       }
-      only_rest = functools.partial(_only_rest, plans, treedef)
-      rest_leaves = jax.tree.leaves(only_rest(leaves))
-      rest_ok = all_of(stacks.largest(x) < LARGEST for x in rest_leaves)
+      g = _rest(here)
+      rest_ok = all_of(stacks.largest(x) < LARGEST for x in g.values())
       taken = all_of([rest_ok, *(s.ok for s in work.values())])
       counted = jnp.asarray(True)
       if guard == 'tree':
         rest_ok = counted = taken
         hold = lambda s: s._replace(ok=jnp.broadcast_to(taken, s.ok.shape))
-        work = {i: hold(s) for i, s in work.items()}
+        work = {path: hold(s) for path, s in work.items()}
 
       refreshed = stacks.refresh(list(work.values()), state.count, counted, seed)
-      for i, s in zip(work, refreshed):
-        leaves[i], slots[i] = s.step()
+      done = {path: s.step() for path, s in zip(work, refreshed)}
+      out = {path: u for path, (u, _) in done.items()}
+      slots = {path: slot for path, (_, slot) in done.items()}
 
       rest_params = None
       if params is not None:
-        rest_params = only_rest(treedef.flatten_up_to(params))
-      still = lambda x: jnp.where(rest_ok, x, 0).astype(x.dtype)
-      g = jax.tree.map(still, only_rest(leaves))
+        flat = treedef.flatten_up_to(params)
+        rest_params = _rest([(p, x) for (p, _), x in zip(plans, flat)])
+      still = lambda x, like: jnp.where(rest_ok, x, 0).astype(like.dtype)
+      g = jax.tree.map(still, g, g)
       u, rest_state = plain.update(g, state.rest, rest_params, **extra)
-      u = treedef.flatten_up_to(
-        jax.tree.map(lambda u, g: still(u).astype(g.dtype), u, g)
-      )
-      out = [u if p.reason else x for (p, _), u, x in zip(plans, u, leaves)]
+      out |= jax.tree.map(still, u, g)
 
       tick = lambda flag, n: jnp.where(flag, optax.safe_increment(n), n)
-      return treedef.unflatten(out), MatricesState(
+      return treedef.unflatten([out[p.path] for p, _ in plans]), MatricesState(
         count=tick(counted, state.count),
         skipped=tick(~taken, state.skipped),
-        slots=treedef.unflatten(slots),
+        slots=slots,
         rest=select(rest_ok, rest_state, state.rest),
       )
 
@@ -159,42 +163,32 @@ def nodes(tree: Any, kind: type) -> list:
   return [x for x in jax.tree.leaves(tree, is_leaf=is_kind) if is_kind(x)]
 
 
-def _init_slot(rule: Callable, plan: LeafPlan, x: Any) -> Slot | optax.MaskedNode:
-  if plan.reason:
-    record(plan, x, None)
-    return optax.MaskedNode()
-  one = rule(plan.rank)
-  slot = sharding.place_slot(stacks.init_slot(one, plan, x), one, plan, x)
-  record(plan, x, slot)
-  return slot
+def _init_slot(rule: MatrixTransform, plan: LeafPlan, x: Any) -> Slot:
+  return sharding.place_slot(stacks.init_slot(rule, plan, x), rule, plan, x)
 
 
-def _only_rest(plans: list, treedef: Any, leaves: list) -> Any:
-  """The tree with the leaves that are not projected."""
-  keep = [x if p.reason else optax.MaskedNode() for (p, _), x in zip(plans, leaves)]
-  return treedef.unflatten(keep)
+def _rest(plans: list[tuple[LeafPlan, Any]]) -> dict[str, Any]:
+  """The leaves that are not projected, by path."""
+  return {p.path: x for p, x in plans if p.reason}
 
 
-def _check_like_init(plans: list, updates: Any, state: Any, like: Any) -> None:
-  """Raises where `state` is not what `init` makes of a tree like `updates`, `like`."""
+def _check_like_init(plans: list, state: Any, like: Any) -> None:
+  """Raises where `state` is not `like`, what `init` makes of a tree like the updates."""
   if not isinstance(state, MatricesState):
     raise TypeError(
       f'update needs the MatricesState that init made, got {type(state).__name__}: the'
       f' state of another method'
     )
-  is_slot = lambda x: isinstance(x, (Slot, optax.MaskedNode))
-  treedef = jax.tree.structure(updates)
-  try:
-    slots = treedef.flatten_up_to(state.slots)
-  except ValueError as e:
-    here = {p.path for p, _ in plans}
-    old = jax.tree.leaves_with_path(state.slots, is_leaf=is_slot)
-    there = {leaf_path(p) for p, _ in old}
+  if not plans:
+    return
+  if not isinstance(state.slots, dict) or state.slots.keys() != like.slots.keys():
+    here, there = set(like.slots), set(state.slots)
     raise ValueError(
-      f'updates do not have the structure given to init: only in updates'
+      f'updates do not have the projected leaves given to init: only in updates'
       f' {sorted(here - there)[:3]}, only in init {sorted(there - here)[:3]}'
-    ) from e
-  for (plan, _), slot, want in zip(plans, slots, treedef.flatten_up_to(like.slots)):
+    )
+  for plan, _ in plans:
+    slot, want = state.slots.get(plan.path), like.slots.get(plan.path)
     if not _alike(slot, want):
       typed = lambda tree: jax.tree.map(lambda x: f'{x.dtype}{list(x.shape)}', tree)
       raise ValueError(

@@ -14,6 +14,7 @@ from lrjax.checks import closest, positive_int
 from lrjax.checks import pattern as compiled
 from lrjax.types import View
 
+_DEFAULT = View()
 SIDES = ('short', 'long', 'in', 'out')
 _PLAIN = re.compile(
   r'(^|.*/)([^/]*embed[^/]*|wte|wpe|[^/]*lm_head|head|logits|[^/]*norm[^/]*|ln(_?\w)?'
@@ -104,12 +105,14 @@ def planner(
 
   def plan_tree(tree: Any) -> list[tuple[LeafPlan, jax.Array]]:
     leaves = [(leaf_path(p), x) for p, x in jax.tree.leaves_with_path(tree)]
+    paths = [p for p, _ in leaves]
+    if len(set(paths)) < len(paths):
+      twice = sorted({p for p in paths if paths.count(p) > 1})
+      raise ValueError(f'two leaves share a path: {twice[:3]}; rename one of them')
     view_of = views(tree)
     plans = [(plan_leaf(p, x, view_of, choose, rank, side), x) for p, x in leaves]
-    _warn_unmatched('rank', rank, [p for p, _ in leaves])
-    _warn_unmatched(
-      'weight_dimension_numbers', weight_dimension_numbers, [p for p, _ in leaves]
-    )
+    _warn_unmatched('rank', rank, paths)
+    _warn_unmatched('weight_dimension_numbers', weight_dimension_numbers, paths)
     return plans
 
   return plan_tree
@@ -126,6 +129,15 @@ def plan_leaf(
   view = view_of(path)
   if view is None or len(shape) < 2:
     return LeafPlan(path, shape, reason='not a matrix')
+  if view is _DEFAULT and len(shape) == 3 and shape[0] > max(shape[1:]):
+    # A stack of very many tiny matrices: a DenseGeneral (D, H, Dh), not scanned layers.
+    warnings.warn(
+      f'{path} {shape} looks like one matrix with several output axes; it goes to the'
+      f' plain optimizer unless weight_dimension_numbers tells its axes, such as'
+      f' [({path!r}, lrjax.View(0, (1, 2)))]',
+      stacklevel=2,
+    )
+    return LeafPlan(path, shape, reason='axes not told')
   axes = split_axes(path, shape, view)
   sizes = [math.prod(shape[a] for a in axes[i]) for i in (1, 2)]
   side = {
@@ -250,9 +262,9 @@ def _is_rules(x: Any) -> bool:
 def _views(spec: Any) -> Callable[[Any], Callable[[str], Any]]:
   """`tree -> path -> View` for the five forms of `weight_dimension_numbers`."""
   if spec is None or _is_view(spec):
-    return lambda tree: lambda path: spec or View()
+    return lambda tree: lambda path: spec or _DEFAULT
   if _is_rules(spec):
-    return lambda tree: lambda path: by_rule(spec, path, View())
+    return lambda tree: lambda path: by_rule(spec, path, _DEFAULT)
 
   def from_tree(tree: Any) -> Callable[[str], Any]:
     # Kept by path, so that it still fits a tree of which optax masked a part.

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import os
-import warnings
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # See experiments/__init__.py: two test processes on two cores would wait for each other.
@@ -17,4 +16,3 @@ os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *_flags]).s
 import jax  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-warnings.filterwarnings('error', module='lrjax')

@@ -86,7 +86,7 @@ def test_a_report_equals_the_state_it_speaks_of_every_time():
   first = lrjax.coverage(tx, params)
   state = tx.init(params)
   assert first.state_bytes == sum(x.nbytes for x in jax.tree.leaves(state))
-  slots = state[0].slots['layers']['q']['kernel']
+  slots = state[0].slots['layers/q/kernel']
   q = next(r for r in first.rows if r.path == 'layers/q/kernel')
   assert q.state_bytes == sum(x.nbytes for x in jax.tree.leaves(slots))
   assert lrjax.coverage(tx, params) == first

@@ -144,7 +144,7 @@ STATE = {'w': matrix((6, 8)), 'k': {'bias': jnp.ones(8)}}
 @pytest.mark.parametrize(
   ('updates', 'message'),
   [
-    ({'w': STATE['w']}, r"only in updates \[\], only in init \['k/bias'\]"),
+    ({'w': STATE['w']}, r"`rest`.*'mu/k/bias', \(8,\).*one side only"),
     (STATE | {'v': STATE['w']}, r"only in updates \['v'\], only in init \[\]"),
     (STATE | {'w': jnp.ones((6, 9))}, r"'w' of shape \(6, 9\) does not fit the state"),
     (STATE | {'w': jnp.ones((2, 6, 8))}, r"'w' of shape \(2, 6, 8\) does not fit"),

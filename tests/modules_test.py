@@ -1,12 +1,15 @@
 """The flax shells: paths, casting, and that NNX and linen compute the same."""
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
+import lrjax
 import lrjax.modules.linen as linen
 from lrjax.modules.nnx import Dense, Fixed, split
 from lrjax.parameterizations import dense
@@ -152,3 +155,34 @@ def test_dense_parameterization():
   assert drawn.dtype == jnp.bfloat16 and (drawn == 1).all()
   drawn = dense().init(jax.random.key(0), (200, 300), jnp.float32).train
   np.testing.assert_allclose(drawn.std(), 0.02, rtol=0.02)  # 60 000 draws
+
+
+def test_nnx_optimizer_steps_like_a_plain_tree():
+  class Model(nnx.Module):
+    def __init__(self, rngs):
+      self.up, self.down = nnx.Linear(16, 24, rngs=rngs), nnx.Linear(24, 16, rngs=rngs)
+
+    def __call__(self, x):
+      return self.down(nnx.gelu(self.up(x)))
+
+  x = jax.random.normal(jax.random.key(0), (8, 16))
+  loss = lambda model: jnp.mean((model(x) - x) ** 2)
+  tx = lrjax.galore(1e-2, rank=4, update_proj_gap=3)
+  model = Model(nnx.Rngs(0))
+  graphdef, params, rest = split(model)
+  optimizer, state = nnx.Optimizer(model, tx, wrt=nnx.Param), tx.init(params)
+
+  @nnx.jit
+  def step(model, optimizer):
+    optimizer.update(model, nnx.grad(loss)(model))
+
+  @jax.jit
+  def plain_step(params, state):
+    grads = jax.grad(lambda p: loss(nnx.merge(graphdef, p, rest)))(params)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  for _ in range(5):
+    step(model, optimizer)
+    params, state = plain_step(params, state)
+  chex.assert_trees_all_close(split(model)[1], params, atol=1e-6)

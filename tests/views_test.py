@@ -254,3 +254,21 @@ def test_hidden_kernels_of_real_modules():
   raw = [jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(state)]
   assert all(re.search('value', p) for p in raw), 'nnx no longer ends its paths so'
   assert projected(plan(state)) == {'layers/0/kernel', 'layers/1/kernel'}
+
+
+def test_dense_general_without_a_view_is_told_and_left_alone():
+  tree = {'q': {'kernel': jax.ShapeDtypeStruct((24, 4, 6), jnp.float32)}}
+  with pytest.warns(
+    UserWarning, match=r'q/kernel \(24, 4, 6\).*weight_dimension_numbers'
+  ):
+    assert plan(tree)['q/kernel'].reason == 'axes not told'
+  told = [('q/kernel', View(0, (1, 2)))]
+  assert plan(tree, views_of=told)['q/kernel'].matrix == (24, 24)
+  scanned = {'q': {'kernel': jax.ShapeDtypeStruct((4, 6, 24), jnp.float32)}}
+  assert plan(scanned)['q/kernel'].stack == (4,)
+
+
+def test_two_leaves_with_one_path_are_refused():
+  leaf = jax.ShapeDtypeStruct((6, 8), jnp.float32)
+  with pytest.raises(ValueError, match=r"share a path: \['a/kernel'\]"):
+    plan({'a': {'kernel': leaf}, 'a/kernel': leaf})

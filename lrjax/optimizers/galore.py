@@ -160,7 +160,7 @@ def galore(
 
   >>> import jax.numpy as jnp
   >>> params = {'kernel': jnp.ones((8, 16))}
-  >>> tx = galore(1e-2, rank=2, weight_decay=0.1)
+  >>> tx = galore(1e-2, rank=1, weight_decay=0.1)
   >>> updates, state = tx.update(params, tx.init(params), params)
   >>> print(f"{updates['kernel'][0, 0]:.5f}")
   -0.00188
