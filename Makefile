@@ -20,7 +20,7 @@ demo: $(VENV)/experiments
 	$(python) -m experiments.compare --preset $(PRESET) --overwrite
 
 test: $(VENV)/dev
-	$(python) -m pytest -n $(WORKERS) --dist loadfile
+	$(python) -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(VENV)/dev
 	$(python) -m ruff check .
