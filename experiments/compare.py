@@ -9,7 +9,8 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from experiments import command_line, errors
+from experiments import command_line
+from experiments.entry import run_command
 from experiments.signals import Preemption
 
 
@@ -32,37 +33,32 @@ class Command(command_line.Command):
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command; returns the exit code."""
-  with Preemption() as preemption:
-    from experiments import loop, report, rundir
-    from experiments.arguments import parse_args
-    from experiments.config import COMPARISONS
-    from experiments.optimizers import METHODS
+  words = sys.argv[1:] if argv is None else argv
+  return run_command(lambda preemption: compare(words, preemption))
 
-    try:
-      words = sys.argv[1:] if argv is None else argv
-      asked, runs = parse_args(words, METHODS, COMPARISONS, Command)
-      root = rundir.open_group(
-        asked.runs,
-        asked.name or asked.preset,
-        resume=asked.resume,
-        overwrite=asked.overwrite,
-      )
-      print(announce(root, runs), flush=True)
-      done = []
-      for run in runs:
-        if not (root / run.name / 'summary.json').exists():
-          loop.run(run, root, preemption, resume=True)
-        done.append(root / run.name)
-    except loop.Interrupted as e:
-      print(e, file=sys.stderr)
-      return errors.EXIT_PREEMPTED_SAVED
-    except errors.ConfigError as e:
-      print(f'error: {e}', file=sys.stderr)
-      return errors.EXIT_BAD_CONFIG
-    report.write_report(done, root)
-    report.terminal_table([report.load_run(d) for d in done])
-    print(f'report: {root / "report.html"}')
-  return errors.EXIT_DONE
+
+def compare(words: Sequence[str], preemption: Preemption) -> None:
+  """Trains what is not finished yet, and writes one report of all runs."""
+  from experiments import loop, report, rundir
+  from experiments.arguments import parse_args
+  from experiments.config import COMPARISONS
+  from experiments.optimizers import METHODS
+
+  asked, runs = parse_args(words, METHODS, COMPARISONS, Command)
+  root = rundir.open_group(
+    asked.runs,
+    asked.name or asked.preset,
+    resume=asked.resume,
+    overwrite=asked.overwrite,
+  )
+  print(announce(root, runs), flush=True)
+  for run in runs:
+    if not (root / run.name / 'summary.json').exists():
+      loop.run(run, root, preemption, resume=True)
+  done = [report.load_run(root / run.name) for run in runs]
+  report.write_report(done, root)
+  report.terminal_table(done)
+  print(f'report: {root / "report.html"}')
 
 
 def announce(root: pathlib.Path, runs: Sequence) -> str:

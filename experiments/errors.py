@@ -49,3 +49,7 @@ class NonFiniteError(FloatingPointError):
 
 class DataError(RuntimeError):
   """A data source failed; names the source and the record."""
+
+
+class Interrupted(Exception):
+  """The run was asked to leave and has saved its last step."""

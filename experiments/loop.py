@@ -24,7 +24,7 @@ from experiments.data import (
   load_corpus,
   train_batches,
 )
-from experiments.errors import NonFiniteError
+from experiments.errors import Interrupted, NonFiniteError
 from experiments.evaluate import evaluate, place
 from experiments.metrics import Metrics
 from experiments.optimizers import METHODS
@@ -36,10 +36,6 @@ from lrjax.views import leaf_path
 # A resumed run may be spread and saved differently; nothing else may change unasked.
 HARMLESS = ('config.mesh', 'config.checkpoint', 'config.log_every')
 MOST_OVERDUE = 3
-
-
-class Interrupted(Exception):
-  """The run was asked to leave and has saved its last step."""
 
 
 def run(
@@ -110,7 +106,9 @@ class _Loop:
       versions=provenance.versions(),
     )
     allowed = [*HARMLESS, *(f'config.{key}' for key in allow_change)]
-    self.state, self.start, quarantined = self._restore(allowed)
+    self.state, self.start, self.position, quarantined = self._restore(allowed)
+    if self.is_first:
+      rundir.write_json(where.path / 'config.json', self.meta['config'])
     attempt = rundir.on_process_0(self._count_attempt)
     self.metrics = Metrics(
       where.path / 'metrics.jsonl', tensorboard_dir=where.path / 'tensorboard'
@@ -131,7 +129,7 @@ class _Loop:
     """Steps, logs, evaluates and saves until the end, or until asked to leave."""
     e = self.experiment
     step_fn, compile_seconds = self._compile()
-    batches = iterator_at(train_batches(self.corpus, e.seed), self.start)
+    batches = iterator_at(train_batches(self.corpus, e.seed), self.position)
     if self._evaluation_is_missing():
       self._evaluate(self.start)
     self.clock = time.perf_counter()
@@ -183,9 +181,8 @@ class _Loop:
       compiled = self.program.step.lower(self.program.state, tokens).compile()
     return compiled, time.perf_counter() - start
 
-  def _restore(self, allowed: Sequence[str]) -> tuple[Any, int, list]:
-    """State, the step it is at, and the damaged checkpoints passed over."""
-    quarantined = []
+  def _restore(self, allowed: Sequence[str]) -> tuple[Any, int, int, list]:
+    """State, its step, the position in the data, damaged checkpoints passed over."""
     if self.where.existed:
       found = self.saver.restore(
         self.program.state,
@@ -193,11 +190,10 @@ class _Loop:
         allow_change=allowed,
       )
       if found is not None:
-        return found.state, found.step, found.quarantined
-    if self.is_first:
-      rundir.write_json(self.where.path / 'config.json', self.meta['config'])
+        position = found.data_state['next_index']
+        return found.state, found.step, position, found.quarantined
     with jax.set_mesh(self.program.mesh):
-      return self.program.init(), 0, quarantined
+      return self.program.init(), 0, 0, []
 
   def _count_attempt(self) -> int:
     path = self.where.path / 'attempts.json'

@@ -8,7 +8,8 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from experiments import command_line, errors
+from experiments import command_line
+from experiments.entry import run_command
 from experiments.signals import Preemption
 
 
@@ -38,34 +39,31 @@ class Command(command_line.Command):
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command; returns the exit code."""
-  # The handlers come first: importing jax takes seconds in which a signal may arrive.
-  with Preemption() as preemption:
-    from experiments import loop, report
-    from experiments.arguments import parse_args
-    from experiments.optimizers import METHODS
+  words = sys.argv[1:] if argv is None else argv
+  return run_command(lambda preemption: train(words, preemption))
 
-    try:
-      asked, (experiment,) = parse_args(
-        sys.argv[1:] if argv is None else argv, METHODS, command=Command
-      )
-      connect(asked)
-      directory = loop.run(
-        experiment,
-        asked.runs,
-        preemption,
-        resume=asked.resume,
-        overwrite=asked.overwrite,
-        allow_change=[k for k in asked.allow_change.split(',') if k],
-      )
-    except loop.Interrupted as e:
-      print(e, file=sys.stderr)
-      return errors.EXIT_PREEMPTED_SAVED
-    except errors.ConfigError as e:
-      print(f'error: {e}', file=sys.stderr)
-      return errors.EXIT_BAD_CONFIG
-    report.write_report([directory], directory)
+
+def train(words: Sequence[str], preemption: Preemption) -> None:
+  """Trains what the command line says, and writes the run's report."""
+  import jax
+
+  from experiments import loop, report
+  from experiments.arguments import parse_args
+  from experiments.optimizers import METHODS
+
+  asked, (experiment,) = parse_args(words, METHODS, command=Command)
+  connect(asked)
+  directory = loop.run(
+    experiment,
+    asked.runs,
+    preemption,
+    resume=asked.resume,
+    overwrite=asked.overwrite,
+    allow_change=[k for k in asked.allow_change.split(',') if k],
+  )
+  if jax.process_index() == 0:
+    report.write_report([directory], directory, title=f'Run {experiment.name}')
     print(f'report: {directory / "report.html"}')
-  return errors.EXIT_DONE
 
 
 def connect(asked: Command) -> None:

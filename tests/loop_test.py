@@ -144,7 +144,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
     def requested(self, step):
       return step == 6
 
-  with pytest.raises(loop.Interrupted, match='step 6 of 12 is saved'):
+  with pytest.raises(errors.Interrupted, match='step 6 of 12 is saved'):
     loop.run(first, tmp_path, AtSix())
   _, lines = run(replace(first, mesh=Mesh()), tmp_path, resume=True)
   assert [x['step'] for x in lines] == [x['step'] for x in want]
@@ -162,7 +162,7 @@ def test_interrupted_in_an_evaluation_it_evaluates_first_when_it_goes_on(tmp_pat
       return self.calls > 1
 
   cut = runner.tiny(name='cut')
-  with pytest.raises(loop.Interrupted, match='step 6 of 12 is saved'):
+  with pytest.raises(errors.Interrupted, match='step 6 of 12 is saved'):
     loop.run(cut, tmp_path, InEvaluation())
   directory, _ = run(cut, tmp_path, resume=True)
   read = lambda d: (d / 'metrics.jsonl').read_bytes()
