@@ -3,7 +3,8 @@
 # make lint    style;  make types  annotations
 # make clean   removes all that was made here, except runs/
 #
-# Each sets up .venv first if it has to. Settings: make demo PYTHON=python3.12 PRESET=smoke
+# Each sets up .venv first if it has to. Settings go behind: PYTHON=python3.12, PRESET=smoke,
+# WORKERS=8.
 
 PYTHON = python3
 VENV = .venv
@@ -30,7 +31,7 @@ types: $(VENV)/dev
 	$(python) -m pyrefly check --python-interpreter-path $(python)
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/experiments: pyproject.toml | $(python)
