@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 import lrjax
-from experiments import command_line, configuring, errors, provenance
+from experiments import command_line, errors, provenance
 from experiments.memory import abstract_params
 from lrjax.models.llama_config import LLAMA_SIZES
 from lrjax.models.llama_params import unstack_layers
@@ -170,8 +170,7 @@ def table(found: dict[str, dict[str, float]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command; returns the exit code."""
   try:
-    flags = command_line.read_flags(sys.argv[1:] if argv is None else argv)
-    asked = configuring.build(Command, flags, 'command line')
+    asked = command_line.parse_flags(sys.argv[1:] if argv is None else argv, Command)
     if asked.size not in LLAMA_SIZES:
       raise errors.ConfigError(f'size: {asked.size!r}; known: {", ".join(LLAMA_SIZES)}')
   except errors.ConfigError as e:

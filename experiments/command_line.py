@@ -9,11 +9,13 @@ import json
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from experiments.configuring import Given, build, given, overlay, to_dict
 from experiments.errors import ConfigError
 from experiments.schema import children, expected, meanings, one_of
+
+T = TypeVar('T')
 
 MAX_BYTES = 2**20
 SOURCE = 'command line'
@@ -68,6 +70,18 @@ def parse(
   source, known = f'preset {asked.preset}', list(children(command))
   cls = type(runs[0])
   return asked, tuple(build(cls, tree, source, refine(tree), known) for tree in trees)
+
+
+def parse_flags(argv: Sequence[str], command: type[T]) -> T:
+  """The flags of a command without runs; `--help` prints them and exits.
+
+  Raises:
+    ConfigError: naming key, value, and what is allowed.
+  """
+  if not {'-h', '--help'}.isdisjoint(argv):
+    print('\n'.join(_lines(command, to_dict(command()), {})))
+    raise SystemExit(0)
+  return build(command, read_flags(argv), SOURCE)
 
 
 def read_flags(words: Sequence[str]) -> dict[str, Any]:

@@ -6,6 +6,13 @@ from collections.abc import Callable
 from experiments import errors
 from experiments.signals import Preemption
 
+_TOLD = (
+  errors.CheckpointCorrupt,
+  errors.CheckpointMismatch,
+  errors.DataError,
+  errors.NonFiniteError,
+)
+
 
 def run_command(action: Callable[[Preemption], None]) -> int:
   """Runs a command and returns its exit code.
@@ -30,7 +37,7 @@ def run_command(action: Callable[[Preemption], None]) -> int:
     except errors.ConfigError as e:
       print(f'error: {e}', file=sys.stderr)
       return errors.EXIT_BAD_CONFIG
-    except (OSError, errors.CheckpointMismatch, errors.NonFiniteError) as e:
+    except (OSError, *_TOLD) as e:
       print(f'error: {type(e).__name__}: {e}', file=sys.stderr)
       return errors.EXIT_ERROR
   return errors.EXIT_DONE

@@ -24,7 +24,7 @@ from experiments.data import (
   load_corpus,
   train_batches,
 )
-from experiments.errors import Interrupted, NonFiniteError
+from experiments.errors import ConfigError, Interrupted, NonFiniteError
 from experiments.evaluate import evaluate, place
 from experiments.metrics import Metrics
 from experiments.optimizers import METHODS
@@ -88,8 +88,11 @@ class _Loop:
     allow_change: Sequence[str],
   ):
     self.experiment, self.where, self.preemption = experiment, where, preemption
-    self.corpus = load_corpus(experiment.data, _token_cache(experiment, where))
-    check_vocab_size(self.corpus.tokenizer, experiment.model.vocab_size)
+    try:
+      self.corpus = load_corpus(experiment.data, _token_cache(experiment, where))
+      check_vocab_size(self.corpus.tokenizer, experiment.model.vocab_size)
+    except ValueError as e:  # what the files hold does not fit what the config says
+      raise ConfigError(f'data: {e}') from e
     self.program = programs.build(experiment)
     self.is_first = jax.process_index() == 0
     self.saver = Checkpoints(

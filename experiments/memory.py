@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import optax
 
-from experiments import command_line, configuring, errors
+from experiments import command_line, errors
 
 Dtype = Literal['bfloat16', 'float32']
 
@@ -116,8 +116,7 @@ def table(found: Sequence[Row]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command; returns the exit code."""
   try:
-    flags = command_line.read_flags(sys.argv[1:] if argv is None else argv)
-    asked = configuring.build(Command, flags, 'command line')
+    asked = command_line.parse_flags(sys.argv[1:] if argv is None else argv, Command)
     print(f'GB (10^9 bytes), everything in {asked.dtype}')
     print(table(rows(asked.sizes, asked.dtype)))
   except errors.ConfigError as e:

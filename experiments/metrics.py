@@ -29,7 +29,7 @@ class Metrics:
     tensorboard_dir: where to write TensorBoard events too; needs tensorboardX.
 
   Raises:
-    RunDirError: the path is a symlink.
+    RunDirError: the path or the directory is a symlink.
   """
 
   def __init__(
@@ -52,6 +52,8 @@ class Metrics:
     self._purge_step = None
     if jax.process_index() == 0:
       self._open()
+      if tensorboard_dir is not None:
+        rundir.refuse_symlink(pathlib.Path(tensorboard_dir))
 
   def scalars(
     self, step: int, values: Mapping[str, Any], *, split: str = 'train'

@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import optax
 
 import lrjax
 from experiments.config import Experiment
+from lrjax.views import leaf_path
 
 StateDtype = Literal['float32', 'bfloat16']
 Inner = Literal['adam', 'lion', 'momentum', 'adafactor']
@@ -20,12 +22,23 @@ def adamw(
   b1: float = 0.9,
   b2: float = 0.999,
   eps: float = 1e-8,
+  matrix_scale: float = 1.0,
   state_dtype: StateDtype = 'float32',
 ) -> optax.GradientTransformation:
-  """AdamW, both moments of one dtype; `optax.adamw` where that is float32."""
+  """AdamW, both moments of one dtype; `optax.adamw` where that is float32.
+
+  `matrix_scale` slows the matrices that GaLore would project, as its `scale` does: with
+  it AdamW has the two learning rates of GaLore, and what differs is the rank alone.
+  """
   adam = lrjax.adam(b1, b2, eps, mu_dtype=state_dtype, nu_dtype=state_dtype)
+  matrices = lambda tree: jax.tree.map_with_path(
+    lambda path, x: lrjax.hidden_kernels(leaf_path(path), x), tree
+  )
+  slow = (
+    [] if matrix_scale == 1 else [optax.masked(optax.scale(matrix_scale), matrices)]
+  )
   decay = optax.add_decayed_weights(weight_decay)
-  return optax.chain(adam, decay, optax.scale_by_learning_rate(learning_rate))
+  return optax.chain(adam, *slow, decay, optax.scale_by_learning_rate(learning_rate))
 
 
 def galore(

@@ -49,13 +49,13 @@ def open_run(
     overwrite: move a run of that name aside to `<name>.<n>` and start anew.
 
   Raises:
-    ValueError: a bad name, or both `resume` and `overwrite`.
+    ConfigError: a bad name, or both `resume` and `overwrite`.
     RunExistsError: the directory holds a run, or files of somebody else.
     RunLockedError: another process has the run open; names it.
     RunDirError: the directory or its lock is a symlink.
   """
   if resume and overwrite:
-    raise ValueError('resume and overwrite exclude each other; pass one')
+    raise errors.ConfigError('resume and overwrite exclude each other; pass one')
   path = run_path(root, name)
   with contextlib.ExitStack() as held:
     existed = on_process_0(lambda: _claim(held, path, resume, overwrite))
@@ -70,7 +70,7 @@ def open_group(
   Args and errors are those of `open_run`; each run in it has a lock of its own.
   """
   if resume and overwrite:
-    raise ValueError('resume and overwrite exclude each other; pass one')
+    raise errors.ConfigError('resume and overwrite exclude each other; pass one')
   path = run_path(root, name)
 
   def claim():
@@ -93,10 +93,10 @@ def run_path(root: str | os.PathLike, name: str) -> pathlib.Path:
 
   >>> run_path('/tmp', '../etc')
   Traceback (most recent call last):
-  ValueError: run name '../etc' ...
+  experiments.errors.ConfigError: run name '../etc' ...
   """
   if not isinstance(name, str) or not _NAME.fullmatch(name):
-    raise ValueError(
+    raise errors.ConfigError(
       f'run name {name!r} must be 1 to 128 letters, digits, ".", "_" or "-", and '
       f'start with a letter or digit'
     )

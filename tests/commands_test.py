@@ -31,7 +31,7 @@ def test_compare_writes_one_report_and_keeps_what_is_done(tmp_path, capsys):
   asked = words(tmp_path, {'galore.optimizer.options.rank': 4})
   assert compare.main(asked) == 0
   out = capsys.readouterr().out
-  assert '2 runs (adamw, galore), 512 tokens in all' in out
+  assert '3 runs (adamw, adamw_two_rates, galore), 768 tokens in all' in out
   assert str(tmp_path / 'smoke' / 'report.html') in out
   adamw = tmp_path / 'smoke' / 'adamw'
   assert json.loads((adamw / 'config.json').read_text())['optimizer']['name'] == 'adamw'

@@ -14,7 +14,12 @@ from experiments.configuring import from_dict, to_dict
 from experiments.errors import ConfigError
 
 
-def adamw(learning_rate: float, b1: float = 0.9, weight_decay: float = 0.0): ...
+def adamw(
+  learning_rate: float,
+  b1: float = 0.9,
+  weight_decay: float = 0.0,
+  matrix_scale: float = 1.0,
+): ...
 
 
 def galore(
@@ -97,7 +102,7 @@ def test_options_follow_the_method():
     ('--optimizer.schedule builtins.eval', 'one of cosine, linear, constant'),
     ('--optimizer.learning_rate -1', 'above 0'),
     ('--optimizer.learning_rate nan', 'finite'),
-    ('--optimizer.warmup 701', 'at most steps=400'),
+    ('--optimizer.warmup 701', 'at most steps=300'),
     ('--optimizer.final_fraction 2', 'between 0 and 1'),
     ('--optimizer.clip -1', '0 (off) or above'),
     ('--optimizer.weight_decay -1', 'at least 0'),
@@ -131,7 +136,7 @@ def test_names_that_could_leave_the_directory_are_refused(name):
 
 def test_one_run_of_a_comparison_can_be_changed_alone():
   argv = ['--galore.optimizer.options.rank', '8', '--steps', '10']
-  _, (first, second) = parse_args(argv, METHODS, COMPARISONS)
+  _, (first, _, second) = parse_args(argv, METHODS, COMPARISONS)
   assert (first.name, first.optimizer.options, first.steps) == ('adamw', {}, 10)
   assert second.optimizer.options['rank'] == 8 and second.warmup == 1
 

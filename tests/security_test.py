@@ -323,7 +323,7 @@ def finished(tmp_path_factory):
   'name',
   [
     'metrics.jsonl', 'timing.jsonl', 'attempts.json', '.lrjax.lock', 'checkpoints',
-    'checkpoints/.lrjax', 'checkpoints/4', 'checkpoints/quarantine',
+    'checkpoints/.lrjax', 'checkpoints/4', 'tensorboard', 'checkpoints/quarantine',
   ],
 )  # fmt: skip
 def test_nothing_is_written_through_a_symlink(name, finished, tmp_path):

@@ -31,7 +31,9 @@ def find_files(paths: tuple[str, ...], format: str) -> list[tuple[str, str]]:
   for given in paths:
     if os.path.isdir(given):
       matches = [
-        (os.path.relpath(p, given), p) for p in _walk(given) if _fits(p, format)
+        (os.path.relpath(p, given), p)
+        for p in _walk(given, {'__pycache__'})
+        if _fits(p, format)
       ]
     elif os.path.isfile(given):
       if not os.path.getsize(given):
