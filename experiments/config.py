@@ -209,7 +209,7 @@ def _paper(
 
 
 # Learning rates of the demo: the best of a small grid for each method.
-_DEMO = _local('demo', 'tiny', 300, _galore(2e-2, 32, 50), seq_len=128, batch_size=16)
+_DEMO = _local('demo', 'tiny', 400, _galore(2e-2, 32, 50), seq_len=128, batch_size=16)
 _SMOKE = _local('smoke', 'smoke', 60, _galore(2e-2, 16, 20), seq_len=64, batch_size=8)
 
 PRESETS = {
@@ -225,11 +225,12 @@ PRESETS = {
   )
 }
 
-# GaLore's embedding and head learn four times faster than its matrices. The second AdamW
-# has the same two rates, so that what rank costs is not mistaken for what they give.
+# GaLore's embedding and head learn faster than its matrices, by its `scale`. The second
+# AdamW has two rates as well, so that what rank costs is not mistaken for what they give;
+# of 0.05, 0.1 and 0.25 for the matrices 0.1 ended lowest after 300 steps of the demo.
 _ADAMW = {
   'adamw': Optimizer('adamw', 1e-3),
-  'adamw_two_rates': Optimizer('adamw', 2e-2, options={'matrix_scale': 0.25}),
+  'adamw_two_rates': Optimizer('adamw', 2e-2, options={'matrix_scale': 0.1}),
 }
 COMPARISONS = {
   run.name: compare(run, **_ADAMW, galore=run.optimizer) for run in (_DEMO, _SMOKE)

@@ -102,7 +102,7 @@ def test_options_follow_the_method():
     ('--optimizer.schedule builtins.eval', 'one of cosine, linear, constant'),
     ('--optimizer.learning_rate -1', 'above 0'),
     ('--optimizer.learning_rate nan', 'finite'),
-    ('--optimizer.warmup 701', 'at most steps=300'),
+    ('--optimizer.warmup 701', 'at most steps=400'),
     ('--optimizer.final_fraction 2', 'between 0 and 1'),
     ('--optimizer.clip -1', '0 (off) or above'),
     ('--optimizer.weight_decay -1', 'at least 0'),
