@@ -64,7 +64,9 @@ class Stack(NamedTuple):
   def step(self) -> tuple[jax.Array, Slot]:
     """The leaf's update and its state; nothing moves where `ok` is false."""
     u, state = self.over_stack(self.rule.update)(self.g, self.slot.state)
-    u = from_matrix(jnp.where(over(self.ok, 2), u, 0), self.plan)
+    # Selected in the leaf's own layout: XLA folds a transpose into the product that makes
+    # u, but not with a select between them.
+    u = jnp.where(spread(self.ok, self.plan), from_matrix(u, self.plan), 0)
     state = select(self.ok, state, self.slot.state)
     return u.astype(self.leaf.dtype), self.slot._replace(state=state)
 
@@ -73,7 +75,10 @@ def examine(
   rule: MatrixTransform, plan: LeafPlan, leaf: jax.Array, slot: Slot
 ) -> Stack:
   """A `Stack` whose flags tell which gradients are good."""
-  most = largest(to_matrix(leaf, plan), len(plan.stack))
+  assert plan.axes is not None
+  _, ins, outs = plan.axes
+  # In the leaf's own layout: a transposed one would be written out for this alone.
+  most = largest(leaf, (*ins, *outs))
   return Stack(rule, plan, leaf, slot, most < LARGEST, most > 0)
 
 
@@ -163,9 +168,9 @@ def phases(stacks: list[tuple[int, ...]]) -> list[jax.Array]:
   return out
 
 
-def largest(g: jax.Array, stack: int = 0) -> jax.Array:
-  """The largest magnitude over all axes but the first `stack`; NaN if there is one."""
-  return jnp.max(jnp.abs(wide(g)), axis=tuple(range(stack, g.ndim)))
+def largest(g: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
+  """The largest magnitude over some axes or all; NaN if there is one."""
+  return jnp.max(jnp.abs(wide(g)), axis=axes)
 
 
 def all_of(flags: Iterable[jax.Array]) -> jax.Array:
@@ -181,6 +186,14 @@ def wide(g: jax.Array) -> jax.Array:
 def over(flag: jax.Array, axes: int) -> jax.Array:
   """A flag with `axes` axes of size one behind."""
   return flag.reshape(*flag.shape, *(1,) * axes)
+
+
+def spread(flag: jax.Array, plan: LeafPlan) -> jax.Array:
+  """A flag (*stack) against the leaf's own axes."""
+  assert plan.axes is not None
+  stack = plan.axes[0]
+  sizes = [n if a in stack else 1 for a, n in enumerate(plan.shape)]
+  return flag.reshape(sizes)
 
 
 def select(flag: jax.Array, new: Any, old: Any) -> Any:
