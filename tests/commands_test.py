@@ -6,6 +6,7 @@ import pytest
 
 from experiments import bench, compare, memory, train
 
+pytestmark = pytest.mark.slow
 SMALL = {
   'preset': 'smoke',
   'steps': 4,

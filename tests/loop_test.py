@@ -12,6 +12,8 @@ from experiments.config import Checkpoint, Mesh, Optimizer
 from experiments.signals import Preemption
 from tests import runner
 
+pytestmark = pytest.mark.slow
+
 
 class Never(Preemption):
   """A run that nobody interrupts; handlers stay out of the test process."""
