@@ -100,8 +100,8 @@ def on_matrices(
     if not plans:  # the placeholder by which optax.tree.map_params finds its way
       return MatricesState(count, skipped, params, plain.init(params))
     slots = {p.path: _init_slot(rule(p.rank), p, x) for p, x in plans if not p.reason}
-    for plan, x in plans:
-      record(plan, x, slots.get(plan.path))
+    for plan, _ in plans:
+      record(plan, slots.get(plan.path))
     return MatricesState(count, skipped, slots, plain.init(_rest(plans)))
 
   def update(

@@ -40,7 +40,7 @@ def tree_bytes(tree: Any) -> int:
   return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def record(plan: LeafPlan, x: Any, slot: Any) -> None:
+def record(plan: LeafPlan, slot: Any) -> None:
   """Notes what became of a leaf, if a coverage report is being made."""
   seen = _recorder.get()
   if seen is None or (plan.reason and not _worse(seen.get(plan.path))):

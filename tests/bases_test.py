@@ -148,7 +148,7 @@ def test_more_power_steps_catch_more():
 
 def test_cosines_are_orthonormal():
   np.testing.assert_allclose(
-    cosines(7, jnp.float32).T @ cosines(7, jnp.float32), np.eye(7), atol=1e-5
+    cosines(7, 7, jnp.float32).T @ cosines(7, 7, jnp.float32), np.eye(7), atol=1e-5
   )
   p = signed_cosines(32, 5, jnp.float32)
   np.testing.assert_allclose(p.T @ p, np.eye(5), atol=1e-5)

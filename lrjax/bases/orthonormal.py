@@ -179,17 +179,17 @@ def fix_signs(p: jax.Array) -> jax.Array:
   return jnp.where(largest < 0, -p, p)
 
 
-def cosines(d: int, dtype: Any) -> jax.Array:
-  """The orthonormal DCT-II matrix (d, d); column j is the cosine of frequency j."""
-  i = jnp.arange(d, dtype=dtype)
-  c = jnp.cos(jnp.pi / d * (i[:, None] + 0.5) * i[None, :])
-  return c * jnp.sqrt(jnp.where(i == 0, 1.0, 2.0) / d)[None, :].astype(dtype)
+def cosines(d: int, r: int, dtype: Any) -> jax.Array:
+  """The first r columns (d, r) of the orthonormal DCT-II; column j has frequency j."""
+  i, j = jnp.arange(d, dtype=dtype), jnp.arange(r, dtype=dtype)
+  c = jnp.cos(jnp.pi / d * (i[:, None] + 0.5) * j[None, :])
+  return c * jnp.sqrt(jnp.where(j == 0, 1.0, 2.0) / d)[None, :].astype(dtype)
 
 
 def signed_cosines(d: int, r: int, dtype: Any) -> jax.Array:
   """r orthonormal columns (d, r) without structure a gradient could hide from."""
   flips = np.random.default_rng(d).choice([-1.0, 1.0], size=(d, 1))
-  return jnp.asarray(flips, dtype) * cosines(d, dtype)[:, :r]
+  return jnp.asarray(flips, dtype) * cosines(d, r, dtype)
 
 
 def _leading(gram: jax.Array, r: int) -> jax.Array:
