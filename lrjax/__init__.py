@@ -3,6 +3,7 @@
 # Bases: how a subspace is found.
 from lrjax.bases import (
   eigh,
+  gaussian,
   randomized_svd,
   stored_as,
   subspace_iteration,
@@ -28,7 +29,7 @@ from lrjax.optimizers.galore import galore, scale_by_galore
 
 # The remaining parts of the loop.
 from lrjax.refreshes import every
-from lrjax.residuals import drop, error_feedback
+from lrjax.residuals import drop, error_feedback, scale_full
 from lrjax.sharding import state_specs
 from lrjax.transports import keep, reset, rotate_abs, rotate_square
 
@@ -65,6 +66,7 @@ __all__ = [
   'every',
   'factored_rms',
   'galore',
+  'gaussian',
   'health',
   'hidden_kernels',
   'int8',
@@ -76,6 +78,7 @@ __all__ = [
   'rotate_abs',
   'rotate_square',
   'scale_by_galore',
+  'scale_full',
   'state_specs',
   'stored_as',
   'subspace_iteration',
