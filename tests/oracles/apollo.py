@@ -2,7 +2,6 @@
 arXiv 2412.05270, with the sketches given."""
 
 import numpy as np
-
 from oracles.fira import limit, ratio
 
 

@@ -5,7 +5,6 @@ of the basis whose entry of largest magnitude is positive, and the 1e-8 beside n
 """
 
 import numpy as np
-
 from oracles.galore import positive
 
 
