@@ -15,10 +15,10 @@ from lrjax.bases import (
 from lrjax.codecs import cast, int8
 
 # What an optimizer does and how it fares.
-from lrjax.inspection import coverage, health
+from lrjax.inspection import coverage, diagnostics, health
 
 # The loop and the lift.
-from lrjax.low_rank import low_rank
+from lrjax.low_rank import bias_corrected, low_rank
 from lrjax.matrices import on_matrices
 
 # Inner optimizers.
@@ -31,11 +31,12 @@ from lrjax.optimizers.galore import galore, scale_by_galore
 from lrjax.refreshes import every
 from lrjax.residuals import drop, error_feedback, scale_full
 from lrjax.sharding import state_specs
-from lrjax.transports import keep, reset, rotate_abs, rotate_square
+from lrjax.transports import keep, projection_aware, reset, rotate_abs, rotate_square
 
 # The values parts exchange.
 from lrjax.types import (
   Basis,
+  Change,
   Codec,
   MatrixTransform,
   Parameterization,
@@ -50,6 +51,7 @@ __version__ = '0.1.0'
 
 __all__ = [
   'Basis',
+  'Change',
   'Codec',
   'MatrixTransform',
   'Parameterization',
@@ -58,8 +60,10 @@ __all__ = [
   'Split',
   'View',
   'adam',
+  'bias_corrected',
   'cast',
   'coverage',
+  'diagnostics',
   'drop',
   'eigh',
   'error_feedback',
@@ -73,6 +77,7 @@ __all__ = [
   'keep',
   'low_rank',
   'on_matrices',
+  'projection_aware',
   'randomized_svd',
   'reset',
   'rotate_abs',
