@@ -25,7 +25,15 @@ from lrjax.matrices import on_matrices
 from lrjax.moments import adam, factored_rms
 
 # Optimizers.
+from lrjax.optimizers.apollo import (
+  apollo,
+  apollo_mini,
+  scale_by_apollo,
+  scale_by_apollo_mini,
+)
+from lrjax.optimizers.fira import fira, scale_by_fira
 from lrjax.optimizers.galore import galore, scale_by_galore
+from lrjax.optimizers.ldadam import ldadam, scale_by_ldadam
 
 # The remaining parts of the loop.
 from lrjax.refreshes import every
@@ -60,6 +68,8 @@ __all__ = [
   'Split',
   'View',
   'adam',
+  'apollo',
+  'apollo_mini',
   'bias_corrected',
   'cast',
   'coverage',
@@ -69,12 +79,14 @@ __all__ = [
   'error_feedback',
   'every',
   'factored_rms',
+  'fira',
   'galore',
   'gaussian',
   'health',
   'hidden_kernels',
   'int8',
   'keep',
+  'ldadam',
   'low_rank',
   'on_matrices',
   'projection_aware',
@@ -82,7 +94,11 @@ __all__ = [
   'reset',
   'rotate_abs',
   'rotate_square',
+  'scale_by_apollo',
+  'scale_by_apollo_mini',
+  'scale_by_fira',
   'scale_by_galore',
+  'scale_by_ldadam',
   'scale_full',
   'state_specs',
   'stored_as',

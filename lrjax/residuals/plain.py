@@ -1,4 +1,4 @@
-"""Residuals that keep the gradient's own scale: dropped, or fed back."""
+"""Residuals that drop the rest of a gradient, or keep it for later."""
 
 from collections.abc import Callable
 from typing import Any
