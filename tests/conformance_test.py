@@ -25,7 +25,6 @@ METHODS = {
   'galore_bf16_basis': lrjax.scale_by_galore(**SMALL, basis_dtype=jnp.bfloat16),
   'galore_decayed': lrjax.galore(1e-2, **SMALL, weight_decay=0.1),
   'fira': lrjax.scale_by_fira(**SMALL),
-  'fira_paper': lrjax.scale_by_fira(**SMALL, mode='paper', per='tensor'),
   'apollo': lrjax.scale_by_apollo(**SMALL),
   'apollo_mini': lrjax.apollo_mini(1e-2, update_proj_gap=3, weight_decay=0.1),
   'ldadam': lrjax.scale_by_ldadam(rank=4),
