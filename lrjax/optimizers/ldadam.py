@@ -1,7 +1,7 @@
 """LDAdam: adaptive optimization from low-dimensional gradient statistics (2024)."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from lrjax.checks import finite, floating, named
 from lrjax.low_rank import dense_change, unit_scale
 from lrjax.matrices import on_matrices
 from lrjax.moments import AdamState, adam
-from lrjax.optimizers.assembly import Lift, lifted, ready
+from lrjax.optimizers.assembly import lifted, ready
 from lrjax.transports import projection_aware
 from lrjax.types import Basis, MatrixTransform
 
@@ -86,7 +86,7 @@ def ldadam_rule(
     if error_feedback:
       unused = (a - P @ low) + b1 / (1 - b1) * (momentum - P @ moved.mu)
       error = unused.astype(s.error.dtype)
-    return P @ u, LDAdamState(P, AdamState(*inner), error)
+    return P @ u, s._replace(basis=P, inner=inner, error=error)
 
   return MatrixTransform(init, update, due, refresh, subspace=lambda s, d: s.basis)
 
@@ -103,7 +103,7 @@ def scale_by_ldadam(
   error_dtype: Any = None,
   basis: str | Callable[[int], Basis] = 'eigh',
   side: str = 'short_out',
-  **lift: Unpack[Lift],
+  **lift: Any,  # as `Lift`, but for `side`
 ) -> optax.GradientTransformationExtraArgs:
   r"""Adam in a subspace that follows gradient and momentum at every step.
 
