@@ -153,12 +153,12 @@ def runs_inside_wrappers(tx: Transform) -> None:
   want, _ = trajectory(tx, params, grads)
   labels = {'q': 'a', 'stack': 'a', 'norm': 'a'}
   # All around each other, for one compilation.
-  wrapped = optax.apply_if_finite(
+  inner = optax.apply_if_finite(
     optax.masked(tx, jax.tree.map(lambda _: True, labels)), 3
   )
-  wrapped = optax.partition({'a': wrapped, 'b': optax.sgd(1.0)}, labels)
-  wrapped = optax.inject_hyperparams(lambda lr: optax.chain(wrapped, optax.scale(lr)))
-  out, _ = trajectory(wrapped(lr=1.0), params, grads)
+  parts = optax.partition({'a': inner, 'b': optax.sgd(1.0)}, labels)
+  injected = optax.inject_hyperparams(lambda lr: optax.chain(parts, optax.scale(lr)))
+  out, _ = trajectory(injected(lr=1.0), params, grads)
   _close(out, want)
 
 
