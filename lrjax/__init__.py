@@ -3,6 +3,7 @@
 # Bases: how a subspace is found.
 from lrjax.bases import (
   eigh,
+  random_orthogonal,
   randomized_svd,
   stored_as,
   subspace_iteration,
@@ -71,6 +72,7 @@ __all__ = [
   'keep',
   'low_rank',
   'on_matrices',
+  'random_orthogonal',
   'randomized_svd',
   'reset',
   'rotate_abs',
