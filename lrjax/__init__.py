@@ -2,7 +2,9 @@
 
 # Bases: how a subspace is found.
 from lrjax.bases import (
+  columns,
   eigh,
+  entries,
   random_orthogonal,
   randomized_svd,
   stored_as,
@@ -15,10 +17,10 @@ from lrjax.bases import (
 from lrjax.codecs import cast, int8
 
 # What an optimizer does and how it fares.
-from lrjax.inspection import coverage, health
+from lrjax.inspection import coverage, diagnostics, health
 
 # The loop and the lift.
-from lrjax.low_rank import low_rank
+from lrjax.low_rank import bias_corrected, low_rank
 from lrjax.matrices import on_matrices
 
 # Inner optimizers.
@@ -29,13 +31,14 @@ from lrjax.optimizers.galore import galore, scale_by_galore
 
 # The remaining parts of the loop.
 from lrjax.refreshes import every
-from lrjax.residuals import drop, error_feedback
+from lrjax.residuals import drop, error_feedback, state_free
 from lrjax.sharding import state_specs
-from lrjax.transports import keep, reset, rotate_abs, rotate_square
+from lrjax.transports import keep, projection_aware, reset, rotate_abs, rotate_square
 
 # The values parts exchange.
 from lrjax.types import (
   Basis,
+  Change,
   Codec,
   MatrixTransform,
   Parameterization,
@@ -50,6 +53,7 @@ __version__ = '0.1.0'
 
 __all__ = [
   'Basis',
+  'Change',
   'Codec',
   'MatrixTransform',
   'Parameterization',
@@ -58,10 +62,14 @@ __all__ = [
   'Split',
   'View',
   'adam',
+  'bias_corrected',
   'cast',
+  'columns',
   'coverage',
+  'diagnostics',
   'drop',
   'eigh',
+  'entries',
   'error_feedback',
   'every',
   'factored_rms',
@@ -73,11 +81,13 @@ __all__ = [
   'low_rank',
   'on_matrices',
   'random_orthogonal',
+  'projection_aware',
   'randomized_svd',
   'reset',
   'rotate_abs',
   'rotate_square',
   'scale_by_galore',
+  'state_free',
   'state_specs',
   'stored_as',
   'subspace_iteration',

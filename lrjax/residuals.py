@@ -48,7 +48,7 @@ def error_feedback(scale: float = 1.0) -> Residual:
     return up(scale * u), g - up(low)
 
   init = lambda g: jnp.zeros(g.shape, g.dtype)
-  return Residual(init, lambda g, s: g + s, after)
+  return Residual(init, lambda g, s: g + s, after, projects=True)
 
 
 # What a step takes of a gradient for which no state is kept.
@@ -83,4 +83,4 @@ def state_free(
   ) -> tuple[jax.Array, tuple]:
     return scale * (up(u) + inactive_scale * f(g - up(low))), s
 
-  return Residual(lambda g: (), lambda g, s: g, after)
+  return Residual(lambda g: (), lambda g, s: g, after, projects=True)

@@ -1,11 +1,14 @@
 """How a subspace is found: each basis is a `lrjax.types.Basis`."""
 
+from lrjax.bases.columns import columns, entries
 from lrjax.bases.orthonormal import eigh, randomized_svd, subspace_iteration, svd
 from lrjax.bases.random_orthogonal import random_orthogonal
 from lrjax.bases.stored import stored_as
 from lrjax.bases.two_sided import two_sided
 
 NAMES = dict(
+  columns=columns,
+  entries=entries,
   svd=svd,
   eigh=eigh,
   random_orthogonal=random_orthogonal,
@@ -15,7 +18,9 @@ NAMES = dict(
 
 __all__ = [
   'NAMES',
+  'columns',
   'eigh',
+  'entries',
   'random_orthogonal',
   'randomized_svd',
   'stored_as',

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from lrjax.checks import positive_int
-from lrjax.types import Basis
+from lrjax.types import Basis, Change
 
 
 def columns(rank: int) -> Basis:
@@ -37,14 +37,18 @@ def columns(rank: int) -> Basis:
   def matrix(b: jax.Array, d: int) -> jax.Array:
     return jax.nn.one_hot(b, d, axis=0)
 
-  return Basis(init, fit, lambda b, g: jnp.take(g, b, axis=0), up, matrix)
+  def change(old: jax.Array, new: jax.Array, d: int) -> Change:
+    return carry_over(old[:, None], new[:, None])
+
+  down = lambda b, g: jnp.take(g, b, axis=0)
+  return Basis(init, fit, down, up, matrix, change)
 
 
 def entries(rank: int) -> Basis:
   """r random entries of each column of the matrix, drawn for every column by itself.
 
   Where `columns` keeps whole rows of (d, k), this spreads as many entries over all of
-  them. It has no single P, so transports that rotate moments do not fit it.
+  them. Moments of entries that stay carry over where a transport rotates.
 
   Args:
     rank: entries kept of each column; clipped to d.
@@ -69,4 +73,20 @@ def entries(rank: int) -> Basis:
     full = jnp.zeros((d, *low.shape[1:]), low.dtype)
     return jnp.put_along_axis(full, b, low, axis=0, inplace=False)
 
-  return Basis(init, fit, down, up, None)
+  return Basis(init, fit, down, up, None, lambda old, new, d: carry_over(old, new))
+
+
+def carry_over(old: jax.Array, new: jax.Array) -> Change:
+  """The change between ascending indices (r, k), or (r, 1) for all columns alike.
+
+  C has a one where an index stays and zeros elsewhere, so that it is its own square.
+  """
+  at = jax.vmap(jnp.searchsorted, in_axes=1, out_axes=1)(old, new)
+  at = jnp.minimum(at, len(old) - 1)
+  stays = jnp.take_along_axis(old, at, axis=0) == new
+
+  def carry(x: jax.Array) -> jax.Array:
+    full = lambda a: jnp.broadcast_to(a, x.shape)
+    return jnp.where(full(stays), jnp.take_along_axis(x, full(at), axis=0), 0)
+
+  return Change(carry, carry)
