@@ -27,11 +27,19 @@ from lrjax.matrices import on_matrices
 from lrjax.moments import adam, factored_rms
 
 # Optimizers.
+from lrjax.optimizers.frugal import frugal, scale_by_frugal
 from lrjax.optimizers.galore import galore, scale_by_galore
+from lrjax.optimizers.owlore import (
+  outlier_ratio,
+  outlier_scores,
+  owlore,
+  scale_by_owlore,
+)
 
 # The remaining parts of the loop.
 from lrjax.refreshes import every
 from lrjax.residuals import drop, error_feedback, state_free
+from lrjax.sampling import sampled_layers
 from lrjax.sharding import state_specs
 from lrjax.transports import keep, projection_aware, reset, rotate_abs, rotate_square
 
@@ -73,6 +81,7 @@ __all__ = [
   'error_feedback',
   'every',
   'factored_rms',
+  'frugal',
   'galore',
   'health',
   'hidden_kernels',
@@ -80,13 +89,19 @@ __all__ = [
   'keep',
   'low_rank',
   'on_matrices',
-  'random_orthogonal',
+  'outlier_ratio',
+  'outlier_scores',
+  'owlore',
   'projection_aware',
+  'random_orthogonal',
   'randomized_svd',
   'reset',
   'rotate_abs',
   'rotate_square',
+  'sampled_layers',
+  'scale_by_frugal',
   'scale_by_galore',
+  'scale_by_owlore',
   'state_free',
   'state_specs',
   'stored_as',

@@ -24,6 +24,10 @@ METHODS = {
   ),
   'galore_bf16_basis': lrjax.scale_by_galore(**SMALL, basis_dtype=jnp.bfloat16),
   'galore_decayed': lrjax.galore(1e-2, **SMALL, weight_decay=0.1),
+  'frugal': lrjax.scale_by_frugal(0.25, 3),
+  'frugal_svd': lrjax.scale_by_frugal(0.25, 3, projection='svd'),
+  'frugal_blocks': lrjax.scale_by_frugal(0.5, 2, projection='blocks', where='stack'),
+  'owlore': lrjax.owlore(1e-2, 1, 2, 4, 3, where='stack', weight_decay=0.1),
 }
 # Staggering spreads refreshes over the tree at hand and random bases draw per slice, so a
 # stack is meant to differ from its slices taken alone.
