@@ -69,14 +69,15 @@ def outlier_scores(
   layers, leaves = find_layers(params, where), jax.tree.leaves(params)
   found = []
   for g in layers.groups:
-    norms = None if x_norms is None else x_norms[g.path]
     if not hidden_kernels(g.path, leaves[g.leaves[0]]):
       continue
+    norms = None if x_norms is None else x_norms[g.path]
     if g.stacked:
       ratio = outlier_ratio(leaves[g.leaves[0]], norms, M)
     else:
-      one = lambda i, x: outlier_ratio(x, None if norms is None else norms[i], M)
-      ratio = jnp.stack([one(i, leaves[at]) for i, at in enumerate(g.leaves)])
+      by_layer = [None] * layers.count if norms is None else norms
+      ratios = [outlier_ratio(leaves[i], x, M) for i, x in zip(g.leaves, by_layer)]
+      ratio = jnp.stack(ratios)
     found.append(ratio.reshape(layers.count, -1).mean(1))
   if not found:
     raise ValueError('no kernel belongs to a layer; choose the layers with `where`')
