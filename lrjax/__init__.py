@@ -2,8 +2,11 @@
 
 # Bases: how a subspace is found.
 from lrjax.bases import (
+  columns,
   eigh,
+  entries,
   gaussian,
+  random_orthogonal,
   randomized_svd,
   stored_as,
   subspace_iteration,
@@ -32,12 +35,20 @@ from lrjax.optimizers.apollo import (
   scale_by_apollo_mini,
 )
 from lrjax.optimizers.fira import fira, scale_by_fira
+from lrjax.optimizers.frugal import frugal, scale_by_frugal
 from lrjax.optimizers.galore import galore, scale_by_galore
 from lrjax.optimizers.ldadam import ldadam, scale_by_ldadam
+from lrjax.optimizers.owlore import (
+  outlier_ratio,
+  outlier_scores,
+  owlore,
+  scale_by_owlore,
+)
 
 # The remaining parts of the loop.
 from lrjax.refreshes import every
-from lrjax.residuals import drop, error_feedback, scale_full
+from lrjax.residuals import drop, error_feedback, scale_full, state_free
+from lrjax.sampling import sampled_layers
 from lrjax.sharding import state_specs
 from lrjax.transports import keep, projection_aware, reset, rotate_abs, rotate_square
 
@@ -72,14 +83,17 @@ __all__ = [
   'apollo_mini',
   'bias_corrected',
   'cast',
+  'columns',
   'coverage',
   'diagnostics',
   'drop',
   'eigh',
+  'entries',
   'error_feedback',
   'every',
   'factored_rms',
   'fira',
+  'frugal',
   'galore',
   'gaussian',
   'health',
@@ -89,17 +103,25 @@ __all__ = [
   'ldadam',
   'low_rank',
   'on_matrices',
+  'outlier_ratio',
+  'outlier_scores',
+  'owlore',
   'projection_aware',
+  'random_orthogonal',
   'randomized_svd',
   'reset',
   'rotate_abs',
   'rotate_square',
+  'sampled_layers',
   'scale_by_apollo',
   'scale_by_apollo_mini',
   'scale_by_fira',
+  'scale_by_frugal',
   'scale_by_galore',
   'scale_by_ldadam',
+  'scale_by_owlore',
   'scale_full',
+  'state_free',
   'state_specs',
   'stored_as',
   'subspace_iteration',

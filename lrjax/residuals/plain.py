@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lrjax.checks import finite
+from lrjax.checks import finite, named
 from lrjax.types import Residual
 
 
@@ -49,3 +49,38 @@ def error_feedback(scale: float = 1.0) -> Residual:
 
   init = lambda g: jnp.zeros(g.shape, g.dtype)
   return Residual(init, lambda g, s: g + s, after, projects=True)
+
+
+# What a step takes of a gradient for which no state is kept.
+STATE_FREE = dict(sign=jnp.sign, sgd=lambda g: g, no=jnp.zeros_like)
+
+
+def state_free(
+  rule: str | Callable = 'sign', inactive_scale: float = 1.0, scale: float = 1.0
+) -> Residual:
+  r"""What the subspace missed moves too, by a rule without state (FRUGAL).
+
+  .. math:: \Delta = \mathrm{scale} \cdot
+    \big(P U + \mathrm{inactive\_scale} \cdot f(G - P P^\top G)\big)
+
+  The sign of the missed part is not orthogonal to P, so the update has a component in
+  the subspace besides P U.
+
+  Args:
+    rule: f: 'sign', 'sgd' (the part itself), 'no' (nothing), or a function.
+    inactive_scale: learning rate of the missed part, relative to that of P U.
+    scale: factor of the whole update.
+
+  Returns:
+    A `Residual` without state.
+  """
+  f = named('inactive', rule, STATE_FREE)
+  finite('inactive_scale', inactive_scale)
+  finite('scale', scale)
+
+  def after(
+    g: jax.Array, low: jax.Array, u: jax.Array, up: Callable, s: tuple
+  ) -> tuple[jax.Array, tuple]:
+    return scale * (up(u) + inactive_scale * f(g - up(low))), s
+
+  return Residual(lambda g: (), lambda g, s: g, after, projects=True)
