@@ -1,5 +1,6 @@
 """How a subspace is found: each basis is a `lrjax.types.Basis`."""
 
+from lrjax.bases.dct import dct
 from lrjax.bases.orthonormal import eigh, randomized_svd, subspace_iteration, svd
 from lrjax.bases.stored import stored_as
 from lrjax.bases.two_sided import two_sided
@@ -9,10 +10,12 @@ NAMES = dict(
   eigh=eigh,
   randomized_svd=randomized_svd,
   subspace_iteration=subspace_iteration,
+  dct=dct,
 )
 
 __all__ = [
   'NAMES',
+  'dct',
   'eigh',
   'randomized_svd',
   'stored_as',
