@@ -2,6 +2,7 @@
 
 # Bases: how a subspace is found.
 from lrjax.bases import (
+  dct,
   eigh,
   randomized_svd,
   stored_as,
@@ -24,7 +25,13 @@ from lrjax.matrices import on_matrices
 from lrjax.moments import adam, factored_rms
 
 # Optimizers.
+from lrjax.optimizers.dct_adamw import dct_adamw, scale_by_dct_adamw
+from lrjax.optimizers.dion import dion, scale_by_dion
 from lrjax.optimizers.galore import galore, scale_by_galore
+from lrjax.optimizers.trion import scale_by_trion, trion
+
+# Orthogonal factors.
+from lrjax.orthogonalize import newton_schulz, polar
 
 # The remaining parts of the loop.
 from lrjax.refreshes import every
@@ -62,7 +69,10 @@ __all__ = [
   'bias_corrected',
   'cast',
   'coverage',
+  'dct',
+  'dct_adamw',
   'diagnostics',
+  'dion',
   'drop',
   'eigh',
   'error_feedback',
@@ -74,16 +84,22 @@ __all__ = [
   'int8',
   'keep',
   'low_rank',
+  'newton_schulz',
   'on_matrices',
+  'polar',
   'projection_aware',
   'randomized_svd',
   'reset',
   'rotate_abs',
   'rotate_square',
+  'scale_by_dct_adamw',
+  'scale_by_dion',
   'scale_by_galore',
+  'scale_by_trion',
   'state_specs',
   'stored_as',
   'subspace_iteration',
   'svd',
+  'trion',
   'two_sided',
 ]

@@ -24,6 +24,13 @@ METHODS = {
   ),
   'galore_bf16_basis': lrjax.scale_by_galore(**SMALL, basis_dtype=jnp.bfloat16),
   'galore_decayed': lrjax.galore(1e-2, **SMALL, weight_decay=0.1),
+  'dct_adamw': lrjax.scale_by_dct_adamw(4, error_feedback='full'),
+  'dct_adamw_fft_int8': lrjax.scale_by_dct_adamw(
+    **SMALL, basis=lambda rank: lrjax.dct(rank, path='fft')
+  ),
+  # Without factors of the fans, which a transposed matrix is meant to change.
+  'trion': lrjax.scale_by_trion(4, scaling='none'),
+  'dion': lrjax.scale_by_dion(4, scaling='none', orth='cholesky_qr'),
 }
 # Staggering spreads refreshes over the tree at hand and random bases draw per slice, so a
 # stack is meant to differ from its slices taken alone.

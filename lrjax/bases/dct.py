@@ -72,7 +72,8 @@ def dct(
     return jnp.arange(min(rank, d, k), dtype=jnp.int32)
 
   def aligned(g: jax.Array) -> jax.Array:
-    d = len(g)
+    if (d := len(g)) > LARGEST:
+      raise ValueError(f'the DCT basis serves sides up to {LARGEST}, got d = {d}')
     if path == 'fft' or (path is None and prefers_fft(d)):
       return TRANSFORMS[form](g)
     every = jnp.arange(d, dtype=jnp.int32)
@@ -103,8 +104,6 @@ def carry(old: jax.Array, new: jax.Array) -> Change:
 
 def columns(index: jax.Array, d: int, dtype: Any, form: Form = 'dct2') -> jax.Array:
   """The columns (d, r) of Q that `index` (r,) names, exact to the last bits."""
-  if d > LARGEST:
-    raise ValueError(f'the DCT basis serves sides up to {LARGEST}, got d = {d}')
   i, j = jnp.arange(d, dtype=jnp.uint32)[:, None], index.astype(jnp.uint32)[None, :]
   a, b = (i, j) if form == 'dct2' else (j, i)
   # cos(pi n / 2d) for n = (2a + 1) b, brought into the first half turn as an integer:

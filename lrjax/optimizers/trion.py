@@ -54,10 +54,9 @@ def orthonormal_momentum(
     low = basis.down(s.basis, B)
     return up(orthogonalize(low)), s._replace(mu=B - (1 - decay) * up(low))
 
-  subspace = lambda s, d: basis.matrix(s.basis, d)
-  return MatrixTransform(
-    init, update, due, refit, subspace=subspace if basis.matrix else None
-  )
+  matrix = basis.matrix
+  subspace = None if matrix is None else lambda s, d: matrix(s.basis, d)
+  return MatrixTransform(init, update, due, refit, subspace=subspace)
 
 
 @lifted
