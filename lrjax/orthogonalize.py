@@ -92,7 +92,7 @@ def polar(x: jax.Array) -> jax.Array:
   Directions below 1e-6 of the largest singular value are left out, so zero stays zero.
   """
   u, s, vt = jnp.linalg.svd(x, full_matrices=False)
-  return (u * (s > 1e-6 * s[0])) @ vt
+  return (u * (s > 1e-6 * s[0])[None, :]) @ vt
 
 
 def householder_qr(x: jax.Array) -> jax.Array:

@@ -44,7 +44,7 @@ def orthonormal_power_step(rank: int, decay: float, orth: Callable) -> MatrixTra
     B = s.mu + g
     P = orth(B.T @ s.Q)  # (k, r)
     R = B @ P  # (d, r)
-    Q = R / (jnp.linalg.norm(R, axis=0) + EPS)
+    Q = R / (jnp.linalg.norm(R, axis=0, keepdims=True) + EPS)
     # Of a zero B nothing can be learned, neither a direction nor a new Q.
     some = jnp.any(B != 0)
     P, Q = jnp.where(some, P, 0), jnp.where(some, Q, s.Q)
