@@ -62,7 +62,7 @@ def newton_schulz(
     norm_factor: c, a margin above one; 1.02 belongs to `POLAR_EXPRESS`.
     eps: keeps a zero matrix from being divided by zero.
     dtype: of the arithmetic; default that of `x`. Muon's code has bfloat16, faster on
-      accelerators and good to about two digits, which the method bears.
+      accelerators, where entries are good to about 0.1, which the method bears.
 
   Returns:
     (m, n) in the dtype of `x`.
