@@ -3,6 +3,7 @@
 # Bases: how a subspace is found.
 from lrjax.bases import (
   columns,
+  dct,
   eigh,
   entries,
   gaussian,
@@ -34,6 +35,8 @@ from lrjax.optimizers.apollo import (
   scale_by_apollo,
   scale_by_apollo_mini,
 )
+from lrjax.optimizers.dct_adamw import dct_adamw, scale_by_dct_adamw
+from lrjax.optimizers.dion import dion, scale_by_dion
 from lrjax.optimizers.fira import fira, scale_by_fira
 from lrjax.optimizers.frugal import frugal, scale_by_frugal
 from lrjax.optimizers.galore import galore, scale_by_galore
@@ -44,6 +47,10 @@ from lrjax.optimizers.owlore import (
   owlore,
   scale_by_owlore,
 )
+from lrjax.optimizers.trion import scale_by_trion, trion
+
+# Orthogonal factors.
+from lrjax.orthogonalize import newton_schulz, polar
 
 # The remaining parts of the loop.
 from lrjax.refreshes import every
@@ -85,7 +92,10 @@ __all__ = [
   'cast',
   'columns',
   'coverage',
+  'dct',
+  'dct_adamw',
   'diagnostics',
+  'dion',
   'drop',
   'eigh',
   'entries',
@@ -102,10 +112,12 @@ __all__ = [
   'keep',
   'ldadam',
   'low_rank',
+  'newton_schulz',
   'on_matrices',
   'outlier_ratio',
   'outlier_scores',
   'owlore',
+  'polar',
   'projection_aware',
   'random_orthogonal',
   'randomized_svd',
@@ -115,16 +127,20 @@ __all__ = [
   'sampled_layers',
   'scale_by_apollo',
   'scale_by_apollo_mini',
+  'scale_by_dct_adamw',
+  'scale_by_dion',
   'scale_by_fira',
   'scale_by_frugal',
   'scale_by_galore',
   'scale_by_ldadam',
   'scale_by_owlore',
+  'scale_by_trion',
   'scale_full',
   'state_free',
   'state_specs',
   'stored_as',
   'subspace_iteration',
   'svd',
+  'trion',
   'two_sided',
 ]

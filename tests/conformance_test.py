@@ -28,6 +28,13 @@ METHODS = {
   'frugal_svd': lrjax.scale_by_frugal(0.25, 3, projection='svd'),
   'frugal_blocks': lrjax.scale_by_frugal(0.5, 2, projection='blocks', where='stack'),
   'owlore': lrjax.owlore(1e-2, 1, 2, 4, 3, where='stack', weight_decay=0.1),
+  'dct_adamw': lrjax.scale_by_dct_adamw(4, error_feedback='full'),
+  'dct_adamw_fft_int8': lrjax.scale_by_dct_adamw(
+    **SMALL, basis=lambda rank: lrjax.dct(rank, path='fft')
+  ),
+  # Without factors of the fans, which a transposed matrix is meant to change.
+  'trion': lrjax.scale_by_trion(4, scaling='none'),
+  'dion': lrjax.scale_by_dion(4, scaling='none', orth='cholesky_qr'),
 }
 # Staggering spreads refreshes over the tree at hand and random bases draw per slice, so a
 # stack is meant to differ from its slices taken alone.
