@@ -111,6 +111,7 @@ class Experiment:
     checkpoint: how it is saved.
     eval_every: steps between evaluations; the last step is evaluated always.
     log_every: steps between lines of metrics.
+    diagnostics_every: steps between measurements of subspaces; 0: none, at no cost.
     max_consecutive_bad: so many non-finite steps in a row end the run.
     mesh: how it is spread over devices.
   """
@@ -124,6 +125,7 @@ class Experiment:
   eval_every: int
   seed: int = 0
   log_every: int = 1
+  diagnostics_every: int = 0
   max_consecutive_bad: int = 10
   mesh: Mesh = Mesh()
 
@@ -133,6 +135,7 @@ class Experiment:
     _require(self, 'seed', lambda x: 0 <= x < 2**32, 'from 0 to 2**32 - 1')
     for name in ('steps', 'eval_every', 'log_every', 'max_consecutive_bad'):
       _require(self, name, lambda x: x >= 1, 'at least 1')
+    _require(self, 'diagnostics_every', lambda x: x >= 0, 'at least 0')
     if self.warmup > self.steps:
       raise ValueError(
         f'optimizer.warmup={self.optimizer.warmup} must be at most steps={self.steps}'
@@ -153,6 +156,27 @@ class Experiment:
     """Steps of warm-up."""
     warmup = self.optimizer.warmup
     return self.steps // 10 if warmup is None else warmup
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+  """How the runs of a comparison are tuned and repeated; see `experiments.study`.
+
+  Attributes:
+    factors: of the learning rate that a run names; each is tried.
+    seeds: how many, the first one for the sweep, all of them at the best rate.
+    extensions: how often a sweep goes on beyond its edge where the best rate lies there.
+  """
+
+  factors: tuple[float, ...] = (1.0,)
+  seeds: int = 1
+  extensions: int = 1
+
+  def __post_init__(self):
+    _require(self, 'factors', lambda x: x and min(x) > 0, 'one or more, above 0')
+    _require(self, 'factors', lambda x: len({*x}) == len(x), 'all different')
+    _require(self, 'seeds', lambda x: x >= 1, 'at least 1')
+    _require(self, 'extensions', lambda x: x >= 0, 'at least 0')
 
 
 def compare(base: Experiment, **optimizers: Optimizer) -> tuple[Experiment, ...]:
@@ -235,3 +259,14 @@ _ADAMW = {
 COMPARISONS = {
   run.name: compare(run, **_ADAMW, galore=run.optimizer) for run in (_DEMO, _SMOKE)
 }
+
+# All methods at equal tokens: rank a quarter of the width, seven refreshes.
+_STUDY = replace(
+  _local('optimizers', 'tiny', 200, _galore(2e-2, 32, 30), seq_len=128, batch_size=8),
+  checkpoint=Checkpoint(every=200, keep=1),
+  diagnostics_every=20,
+)
+_LOW_RANK = {'rank': 32, 'update_proj_gap': 30}
+# The learning rates are the centres of sweeps.
+COMPARISONS['optimizers'] = compare(_STUDY, **_ADAMW, galore=_STUDY.optimizer)
+SWEEPS = {'optimizers': Sweep(factors=(1 / 3, 1.0, 3.0), seeds=2)}

@@ -99,6 +99,7 @@ def build(experiment: Experiment) -> Program:
     )
     health = lrjax.health(new['opt'])
     skipped = new['skipped'] + health['skipped_steps']
+    measured = subspaces(new['opt']) if experiment.diagnostics_every else {}
     return new, dict(
       loss=value,
       grad_norm=norm,
@@ -106,6 +107,7 @@ def build(experiment: Experiment) -> Program:
       skipped_steps=skipped,
       bad=new['bad'],
       overdue_refreshes=health['overdue_refreshes'],
+      subspaces=measured,
     )
 
   def evaluate(params: Any, fixed: Any, tokens: jax.Array, mask: jax.Array) -> tuple:
@@ -146,3 +148,15 @@ def global_norm(tree: Any) -> jax.Array:
   """Euclidean norm of all leaves together, summed in float32."""
   squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
   return jnp.sqrt(sum(squares, jnp.float32(0)))
+
+
+def subspaces(opt: Any) -> dict[str, jax.Array]:
+  """The diagnostics of an optimizer state: means over all matrices and over each leaf."""
+  found = lrjax.diagnostics(opt)
+  if not found:
+    return {}
+  fields = next(iter(found.values()))._fields
+  of = lambda field: {path: getattr(d, field) for path, d in found.items()}
+  flat = lambda arrays: jnp.concatenate([x.reshape(-1) for x in arrays])
+  whole = {f: flat(of(f).values()).mean() for f in fields}
+  return whole | {f'{f}/{path}': x.mean() for f in fields for path, x in of(f).items()}
