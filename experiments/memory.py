@@ -5,8 +5,9 @@ runs with the settings of the GaLore paper, every array in `--dtype`.
 """
 
 import dataclasses
+import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import optax
@@ -14,6 +15,8 @@ import optax
 from experiments import command_line, errors
 
 Dtype = Literal['bfloat16', 'float32']
+# Options beyond rank and dtype, where a paper's own differ from the defaults.
+SETTINGS: dict[str, dict[str, Any]] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,14 +81,15 @@ def _rank(experiment: Any) -> int:
 
 
 def methods(rank: int, dtype: Dtype) -> dict[str, optax.GradientTransformation]:
-  """The transformations whose states are counted."""
-  from experiments import optimizers
+  """The transformations whose states are counted, with `dtype` where they let choose."""
+  from experiments.optimizers import METHODS
 
-  make: dict[str, Callable[[], optax.GradientTransformation]] = {
-    'adamw': lambda: optimizers.adamw(1e-3, state_dtype=dtype),
-    'galore': lambda: optimizers.galore(1e-2, rank=rank, state_dtype=dtype),
-  }
-  return {name: f() for name, f in make.items()}
+  found = {}
+  for name, method in METHODS.items():
+    options = dict(rank=rank, state_dtype=dtype) | SETTINGS.get(name, {})
+    takes = inspect.signature(method).parameters
+    found[name] = method(1e-3, **{k: v for k, v in options.items() if k in takes})
+  return found
 
 
 def abstract_params(config: Any, dtype: Dtype) -> Any:

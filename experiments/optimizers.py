@@ -57,26 +57,26 @@ def adapt(optimizer: Method, inner: Inner | None = None) -> Method:
     A function whose signature `experiments.arguments` reads.
   """
   own = inspect.signature(optimizer, eval_str=True).parameters
-  parts: dict[str, Any] = {}
-  if 'base_optimizer' in own:
-    parts = {n: p for n, p in _parts(inner).items() if n not in own}
+  parts = _parts(inner) if 'base_optimizer' in own else {}
 
   def method(
     learning_rate: Schedule, weight_decay: float = 0.0, **options: Any
   ) -> optax.GradientTransformation:
     scale = options.pop('matrix_scale', 1.0)
-    chosen = {n: options.pop(n, p.default) for n, p in parts.items()}
+    chosen = {n: options.get(n, takes[n].default) for n in parts}
+    extra = {n: options.pop(n) for n in parts if n in options and n not in own}
     if chosen.get('inner'):
-      options['base_optimizer'] = inner_optimizer(chosen.pop('inner'), **chosen)
-    elif changed := [n for n, p in parts.items() if chosen[n] != p.default]:
-      raise ValueError(f'{changed[0]} needs `inner`: name the optimizer it belongs to')
+      options['base_optimizer'] = inner_optimizer(**chosen)
+    elif extra := [n for n, value in extra.items() if value != parts[n].default]:
+      raise ValueError(f'{extra[0]} needs `inner`: name the optimizer that it is for')
     if chosen.get('state_dtype', 'float32') != 'float32' and 'basis_dtype' in own:
       options.setdefault('basis_dtype', jnp.dtype(chosen['state_dtype']))
     tx = optimizer(learning_rate, weight_decay=weight_decay, **options)
     return tx if scale == 1 else optax.chain(tx, _slower_matrices(scale))
 
-  takes = {n: p.replace(annotation=_annotation(p)) for n, p in own.items()}
-  takes |= parts | {'matrix_scale': _parameter('matrix_scale', float, 1.0)}
+  takes = parts | {n: p.replace(annotation=_annotation(p)) for n, p in own.items()}
+  del takes['where']  # the model is ours, and so is the choice of its matrices
+  takes |= {'matrix_scale': _parameter('matrix_scale', float, 1.0)}
   signature = inspect.Signature(
     [p.replace(kind=p.KEYWORD_ONLY) for p in takes.values()]
   )
@@ -99,9 +99,8 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 
 def _parts(inner: Inner | None) -> dict[str, inspect.Parameter]:
   """The options of an inner optimizer that is chosen by name."""
-  own = inspect.signature(inner_optimizer).parameters
   defaults = inspect.signature(adamw).parameters
-  found = {n: defaults[n] for n in own if n != 'name'}
+  found = {n: defaults[n] for n in ('b1', 'b2', 'eps', 'state_dtype')}
   return {'inner': _parameter('inner', Inner | None, inner)} | found
 
 
@@ -115,7 +114,7 @@ def _annotation(p: inspect.Parameter) -> Any:
 
 
 def inner_optimizer(
-  name: Inner, b1: float, b2: float, eps: float, state_dtype: StateDtype
+  inner: Inner, b1: float, b2: float, eps: float, state_dtype: StateDtype
 ) -> optax.GradientTransformation:
   """The transformation that runs in the low-rank space."""
   makers: dict[str, Callable[[], optax.GradientTransformation]] = {
@@ -124,7 +123,7 @@ def inner_optimizer(
     'momentum': lambda: optax.trace(b1, accumulator_dtype=state_dtype),
     'adafactor': lrjax.factored_rms,
   }
-  return makers[name]()
+  return makers[inner]()
 
 
 METHODS: dict[str, Method] = {
@@ -153,7 +152,7 @@ def make(experiment: Experiment) -> optax.GradientTransformation:
   o = experiment.optimizer
   method = METHODS[o.name]
   own = inspect.signature(method).parameters
-  common = dict(seed=experiment.seed, diagnostics=experiment.diagnostics_every)
+  common = dict(seed=experiment.seed, diagnostics=experiment.diagnostics_every or None)
   tx = method(
     schedule(experiment),
     weight_decay=o.weight_decay,
