@@ -269,4 +269,4 @@ _STUDY = replace(
 _LOW_RANK = {'rank': 32, 'update_proj_gap': 30}
 # The learning rates are the centres of sweeps.
 COMPARISONS['optimizers'] = compare(_STUDY, **_ADAMW, galore=_STUDY.optimizer)
-SWEEPS = {'optimizers': Sweep(factors=(1 / 3, 1.0, 3.0), seeds=2)}
+SWEEPS = {'optimizers': Sweep(factors=(1 / 3, 1.0, 3.0), seeds=2, extensions=2)}

@@ -45,8 +45,29 @@ def test_compare_writes_one_report_and_keeps_what_is_done(tmp_path, capsys):
   assert 'adamw' in report and 'galore' in report
 
 
+def test_a_study_states_its_size_and_keeps_what_is_done(tmp_path, capsys):
+  flags = {'methods': 'adamw', 'factors': '1', 'seeds': 2, 'name': 'study'}
+  asked = words(tmp_path, flags)
+  assert compare.main(asked) == 0
+  out = capsys.readouterr().out
+  assert '2 runs, 0 of them done, 512 tokens in all' in out and 'about' in out
+  found = sorted(p.name for p in (tmp_path / 'study').iterdir())
+  assert found == ['adamw-lr0.001-s0', 'adamw-lr0.001-s1', 'report']
+  report = (tmp_path / 'study' / 'report' / 'report.md').read_bytes()
+  assert compare.main([*asked, '--resume']) == 0
+  assert 'in all' not in capsys.readouterr().out
+  assert (tmp_path / 'study' / 'report' / 'report.md').read_bytes() == report
+
+
 def test_faults_are_told_in_a_line_with_an_exit_code(tmp_path, capsys):
   missing = {'data.source': 'files', 'data.paths': 'none.txt'}
+  for changes, message in (
+    ({'methods': 'galroe'}, 'adamw_two_rates'),
+    ({'factors': '-1'}, 'factors must be'),
+    ({'seeds': 0}, 'seeds must be'),
+  ):
+    assert compare.main(words(tmp_path, changes)) == 2
+    assert message in capsys.readouterr().err
   for changes, code, message in (
     ({'optimizer.learning_rte': 1}, 2, 'optimizer.learning_rate'),
     ({'optimizer.options.rnk': 4}, 2, 'rank'),

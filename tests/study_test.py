@@ -10,6 +10,7 @@ from experiments import errors, tuning
 from experiments.config import COMPARISONS, SWEEPS, Experiment, Sweep
 from experiments.configuring import to_dict
 from experiments.report import write_study
+from experiments.signals import Preemption
 from experiments.study import Study, findings, largest_size, next_runs, variant
 from tests import runner
 from tests.report_test import GALORE, Page, write_run
@@ -178,3 +179,18 @@ def test_the_report_shows_what_was_found(tmp_path):
     '0.03': pytest.approx(3.099, abs=1e-3),
   }
   assert saved['methods'][1]['on_edge'] and len(saved['methods'][0]['losses']) == 2
+
+
+def test_a_run_that_fails_stays_as_a_failure(tmp_path, monkeypatch, capsys):
+  (run,) = study('a').methods
+
+  def fail(run, root, preemption, resume):
+    (tmp_path / run.name).mkdir()
+    (tmp_path / run.name / 'config.json').write_text(json.dumps(to_dict(run)))
+    raise errors.NonFiniteError('step 3: loss nan')
+
+  monkeypatch.setattr(tuning.loop, 'run', fail)
+  asked = Study((run,), Sweep())
+  tuning.train_one(*next_runs(asked, {}), tmp_path, Preemption())
+  assert 'step 3: loss nan' in capsys.readouterr().out
+  assert tuning.finished(asked, tmp_path) == {'a-lr0.01-s0': math.inf}

@@ -62,7 +62,7 @@ def times(ax, entries) -> None:
     if known(steady):
       ax.barh(i, steady, 0.6, color=color)
     if known(refresh):
-      ax.plot(refresh, i, 'D', ms=5, color=color, mec='white', mew=0.6)
+      ax.plot(refresh, i, 'D', ms=5, color=color, mec='black', mew=0.8)
   _rows(ax, entries)
   ax.set(title='Time of a step (diamonds: refresh)', xlabel='milliseconds')
 
