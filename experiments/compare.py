@@ -101,12 +101,14 @@ def sweep_of(asked: Command) -> Any:
   from experiments.config import SWEEPS, Sweep
   from experiments.errors import ConfigError
 
-  flags = {'factors': asked.factors, 'seeds': asked.seeds}
-  flags = {name: value for name, value in flags.items() if value is not None}
-  if not flags and asked.preset not in SWEEPS:
+  known = SWEEPS.get(asked.preset)
+  if known is None and asked.factors is None and asked.seeds is None:
     return None
+  sweep = known or Sweep()
+  factors = sweep.factors if asked.factors is None else asked.factors
+  seeds = sweep.seeds if asked.seeds is None else asked.seeds
   try:
-    return dataclasses.replace(SWEEPS.get(asked.preset, Sweep()), **flags)
+    return dataclasses.replace(sweep, factors=factors, seeds=seeds)
   except ValueError as error:
     raise ConfigError(f'command line: {error}') from error
 

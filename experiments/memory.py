@@ -81,15 +81,19 @@ def _rank(experiment: Any) -> int:
 
 
 def methods(rank: int, dtype: Dtype) -> dict[str, optax.GradientTransformation]:
-  """The transformations whose states are counted, with `dtype` where they let choose."""
+  """The transformations whose states are counted."""
   from experiments.optimizers import METHODS
 
-  found = {}
-  for name, method in METHODS.items():
-    options = dict(rank=rank, state_dtype=dtype) | SETTINGS.get(name, {})
-    takes = inspect.signature(method).parameters
-    found[name] = method(1e-3, **{k: v for k, v in options.items() if k in takes})
-  return found
+  return {name: with_rank(name, rank, dtype) for name in METHODS}
+
+
+def with_rank(name: str, rank: int, dtype: Dtype) -> optax.GradientTransformation:
+  """A method with `dtype` where it lets choose, and its own settings otherwise."""
+  from experiments.optimizers import METHODS
+
+  takes = inspect.signature(METHODS[name]).parameters
+  options = dict(rank=rank, state_dtype=dtype) | SETTINGS.get(name, {})
+  return METHODS[name](1e-3, **{k: v for k, v in options.items() if k in takes})
 
 
 def abstract_params(config: Any, dtype: Dtype) -> Any:

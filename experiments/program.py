@@ -81,7 +81,7 @@ def build(experiment: Experiment) -> Program:
     nats, count = next_token_loss(logits, tokens[:, 1:])
     return nats / count
 
-  def step(state: Any, tokens: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+  def step(state: Any, tokens: jax.Array) -> tuple[Any, dict[str, Any]]:
     params, fixed = state['params'], state['fixed']
     value, grads = jax.value_and_grad(loss)(params, fixed, tokens)
     norm = global_norm(grads)

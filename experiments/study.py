@@ -74,8 +74,9 @@ def findings(study: Study, losses: Losses) -> tuple[Finding, ...]:
     named = {rate: variant(method, rate, 0).name for rate in rates}
     known = {rate: losses[name] for rate, name in named.items() if name in losses}
     best = _best(study, method, losses)
-    seeds = range(study.sweep.seeds) if best is not None else ()
-    runs = [variant(method, best, seed).name for seed in seeds]
+    runs = []
+    if best is not None:
+      runs = [variant(method, best, seed).name for seed in range(study.sweep.seeds)]
     out.append(
       Finding(
         method.name,
@@ -124,8 +125,9 @@ def _best(study: Study, method: Experiment, losses: Losses) -> float | None:
 
 def _lowest(method: Experiment, rates: Sequence[float], losses: Losses) -> float | None:
   """The rate of lowest loss; None before all are known, or if all failed."""
-  found = [losses.get(variant(method, rate, 0).name) for rate in rates]
-  if None in found or not any(map(math.isfinite, found)):
+  names = [variant(method, rate, 0).name for rate in rates]
+  found = [losses[name] for name in names if name in losses]
+  if len(found) < len(names) or not any(map(math.isfinite, found)):
     return None
   return rates[found.index(min(found))]
 

@@ -78,6 +78,8 @@ def test_faults_are_told_in_a_line_with_an_exit_code(tmp_path, capsys):
     assert message in capsys.readouterr().err
   assert memory.main(['--sizes', '61m']) == 2
   assert '60m' in capsys.readouterr().err
+  assert bench.main(['--methods', 'galroe']) == 2
+  assert 'galore' in capsys.readouterr().err
   assert bench.main(['--size', '61m']) == 2
   assert '60m' in capsys.readouterr().err
 
