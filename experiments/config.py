@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Literal
 
+import lrjax
 from experiments.data.config import DataConfig
 from experiments.schema import Scalar
 from lrjax.models.llama_config import LLAMA_SIZES, LlamaConfig
@@ -36,6 +37,8 @@ class Optimizer:
     final_fraction: the last learning rate as a fraction of the peak.
     clip: largest global norm of a gradient; 0: not clipped.
     weight_decay: decoupled, times the learning rate.
+    weights: how hidden kernels are kept between steps: as they are, or in 8 bits with
+      stochastic rounding (Q-GaLore).
     options: further keyword arguments of the method.
   """
 
@@ -46,6 +49,7 @@ class Optimizer:
   final_fraction: float = 0.1
   clip: float = 1.0
   weight_decay: float = 0.0
+  weights: Literal['float', 'int8'] = 'float'
   options: Mapping[str, Scalar] = dataclasses.field(
     default_factory=dict, metadata={'follows': 'name'}
   )
@@ -266,7 +270,38 @@ _STUDY = replace(
   checkpoint=Checkpoint(every=200, keep=1),
   diagnostics_every=20,
 )
+
+
+def _studied(name, learning_rate=2e-2, weights='float', **options) -> Optimizer:
+  return Optimizer(name, learning_rate, weights=weights, options=options)
+
+
 _LOW_RANK = {'rank': 32, 'update_proj_gap': 30}
-# The learning rates are the centres of sweeps.
-COMPARISONS['optimizers'] = compare(_STUDY, **_ADAMW, galore=_STUDY.optimizer)
+# Learning rates are the centres of sweeps. Embedding and head get the same in each but the
+# first; what slows the matrices, `scale` or `matrix_scale`, brings their updates to about
+# a tenth of that, the best of AdamW, or for orthonormal updates to what is usual.
+_STUDIED = {
+  **_ADAMW,
+  'galore': _STUDY.optimizer,
+  'galore_8bit': _studied('galore_8bit', **_LOW_RANK),
+  'q_galore': _studied('q_galore', **_LOW_RANK),
+  'q_galore_int8': _studied('q_galore', weights='int8', **_LOW_RANK),
+  'golore': _studied('golore', random_after=100.0, **_LOW_RANK),
+  'online_subspace_descent': _studied('online_subspace_descent', **_LOW_RANK),
+  'subtrack': _studied('subtrack', **_LOW_RANK),
+  'flora': _studied('flora', **_LOW_RANK),
+  'fira': _studied('fira', **_LOW_RANK),
+  'apollo': _studied('apollo', scale=0.25, **_LOW_RANK),
+  'apollo_mini': _studied('apollo_mini', matrix_scale=0.1, update_proj_gap=30),
+  'frugal': _studied('frugal', density=0.25, update_proj_gap=30, scale=0.1),
+  'owlore': _studied('owlore', n_active=2, period=15, scale=0.25, **_LOW_RANK),
+  'ldadam': _studied('ldadam', rank=32, matrix_scale=0.1),
+  'dct_adamw': _studied('dct_adamw', rank=32, matrix_scale=0.1),
+  'trion': _studied('trion', rank=32),
+  'dion': _studied('dion', rank=32),
+}
+COMPARISONS['optimizers'] = compare(
+  _STUDY,
+  **{n: o for n, o in _STUDIED.items() if o.name == 'adamw' or o.name in lrjax.__all__},
+)
 SWEEPS = {'optimizers': Sweep(factors=(1 / 3, 1.0, 3.0), seeds=2, extensions=2)}

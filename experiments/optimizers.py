@@ -40,7 +40,7 @@ def adamw(
   return optax.chain(adam, *slow, decay, optax.scale_by_learning_rate(learning_rate))
 
 
-def adapt(optimizer: Method, inner: Inner | None = None) -> Method:
+def adapt(optimizer: Method, **defaults: Any) -> Method:
   """An optimizer of lrjax as a method, whose options a config can express.
 
   The options are the scalar parameters of the optimizer under their own names, and
@@ -51,17 +51,18 @@ def adapt(optimizer: Method, inner: Inner | None = None) -> Method:
 
   Args:
     optimizer: `x(learning_rate, ..., weight_decay=0.0, ...)`.
-    inner: default of the option of this name.
+    **defaults: of options, where they differ from those of the optimizer.
 
   Returns:
     A function whose signature `experiments.arguments` reads.
   """
   own = inspect.signature(optimizer, eval_str=True).parameters
-  parts = _parts(inner) if 'base_optimizer' in own else {}
+  parts = _PARTS if 'base_optimizer' in own else {}
 
   def method(
     learning_rate: Schedule, weight_decay: float = 0.0, **options: Any
   ) -> optax.GradientTransformation:
+    options = defaults | options
     scale = options.pop('matrix_scale', 1.0)
     chosen = {n: options.get(n, takes[n].default) for n in parts}
     extra = {n: options.pop(n) for n in parts if n in options and n not in own}
@@ -75,11 +76,12 @@ def adapt(optimizer: Method, inner: Inner | None = None) -> Method:
     return tx if scale == 1 else optax.chain(tx, _slower_matrices(scale))
 
   takes = parts | {n: p.replace(annotation=_annotation(p)) for n, p in own.items()}
-  del takes['where']  # the model is ours, and so is the choice of its matrices
-  takes |= {'matrix_scale': _parameter('matrix_scale', float, 1.0)}
-  signature = inspect.Signature(
-    [p.replace(kind=p.KEYWORD_ONLY) for p in takes.values()]
-  )
+  for name in ('where', 'mask'):  # the model is ours, and so is the choice of leaves
+    takes.pop(name, None)
+  takes['matrix_scale'] = _parameter('matrix_scale', float, 1.0)
+  takes |= {n: takes[n].replace(default=value) for n, value in defaults.items()}
+  keywords = [p.replace(kind=p.KEYWORD_ONLY) for p in takes.values()]
+  signature = inspect.Signature(keywords)
   vars(method).update(__doc__=optimizer.__doc__, __signature__=signature)
   return method
 
@@ -97,11 +99,11 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
   return inspect.Parameter(name, kind, default=default, annotation=annotation)
 
 
-def _parts(inner: Inner | None) -> dict[str, inspect.Parameter]:
-  """The options of an inner optimizer that is chosen by name."""
-  defaults = inspect.signature(adamw).parameters
-  found = {n: defaults[n] for n in ('b1', 'b2', 'eps', 'state_dtype')}
-  return {'inner': _parameter('inner', Inner | None, inner)} | found
+_PARTS = {
+  'inner': _parameter('inner', Inner | None, None),
+  **{n: inspect.signature(adamw).parameters[n] for n in ('b1', 'b2', 'eps')},
+  'state_dtype': inspect.signature(adamw).parameters['state_dtype'],
+}
 
 
 def _annotation(p: inspect.Parameter) -> Any:
@@ -126,9 +128,16 @@ def inner_optimizer(
   return makers[inner]()
 
 
-METHODS: dict[str, Method] = {
-  'adamw': adamw,
-  'galore': adapt(lrjax.galore, inner='adam'),
+# Defaults that differ from those of lrjax, which has none for some.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+  'galore': {'inner': 'adam'},
+  'golore': {'random_after': 100.0},
+}
+# Every optimizer of lrjax comes as `x` and `scale_by_x`.
+METHODS: dict[str, Method] = {'adamw': adamw} | {
+  name: adapt(getattr(lrjax, name), **_DEFAULTS.get(name, {}))
+  for name in lrjax.__all__
+  if f'scale_by_{name}' in lrjax.__all__
 }
 
 

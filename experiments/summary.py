@@ -51,11 +51,11 @@ def summarise(
 
 def sizes(program: Program) -> dict[str, int]:
   """Numbers and bytes of parameters, gradients and optimizer state, from shapes."""
-  params = program.state['params']
-  report = lrjax.coverage(program.tx, params)
+  stored = jax.tree.leaves(program.state['params'])
+  report = lrjax.coverage(program.tx, program.weights)
   return dict(
-    parameters=sum(x.size for x in jax.tree.leaves(params)),
-    parameter_bytes=report.param_bytes,
+    parameters=sum(x.size for x in jax.tree.leaves(program.weights)),
+    parameter_bytes=sum(x.size * x.dtype.itemsize for x in stored),
     gradient_bytes=report.param_bytes,
     optimizer_bytes=report.state_bytes,
     adam_bytes=report.adam_bytes,
