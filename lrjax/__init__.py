@@ -3,6 +3,7 @@
 # Bases: how a subspace is found.
 from lrjax.bases import (
   eigh,
+  gaussian,
   randomized_svd,
   stored_as,
   subspace_iteration,
@@ -24,11 +25,19 @@ from lrjax.matrices import on_matrices
 from lrjax.moments import adam, factored_rms
 
 # Optimizers.
+from lrjax.optimizers.apollo import (
+  apollo,
+  apollo_mini,
+  scale_by_apollo,
+  scale_by_apollo_mini,
+)
+from lrjax.optimizers.fira import fira, scale_by_fira
 from lrjax.optimizers.galore import galore, scale_by_galore
+from lrjax.optimizers.ldadam import ldadam, scale_by_ldadam
 
 # The remaining parts of the loop.
 from lrjax.refreshes import every
-from lrjax.residuals import drop, error_feedback
+from lrjax.residuals import drop, error_feedback, scale_full
 from lrjax.sharding import state_specs
 from lrjax.transports import keep, projection_aware, reset, rotate_abs, rotate_square
 
@@ -59,6 +68,8 @@ __all__ = [
   'Split',
   'View',
   'adam',
+  'apollo',
+  'apollo_mini',
   'bias_corrected',
   'cast',
   'coverage',
@@ -68,11 +79,14 @@ __all__ = [
   'error_feedback',
   'every',
   'factored_rms',
+  'fira',
   'galore',
+  'gaussian',
   'health',
   'hidden_kernels',
   'int8',
   'keep',
+  'ldadam',
   'low_rank',
   'on_matrices',
   'projection_aware',
@@ -80,7 +94,12 @@ __all__ = [
   'reset',
   'rotate_abs',
   'rotate_square',
+  'scale_by_apollo',
+  'scale_by_apollo_mini',
+  'scale_by_fira',
   'scale_by_galore',
+  'scale_by_ldadam',
+  'scale_full',
   'state_specs',
   'stored_as',
   'subspace_iteration',

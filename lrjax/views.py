@@ -15,7 +15,7 @@ from lrjax.checks import pattern as compiled
 from lrjax.types import View
 
 _DEFAULT = View()
-SIDES = ('short', 'long', 'in', 'out')
+SIDES = ('short', 'short_out', 'long', 'in', 'out')
 _PLAIN = re.compile(
   r'(^|.*/)([^/]*embed[^/]*|wte|wpe|[^/]*lm_head|head|logits|[^/]*norm[^/]*|ln(_?\w)?'
   r'|bias|scale)(/.*|$)',
@@ -147,6 +147,7 @@ def plan_leaf(
   sizes = [math.prod(shape[a] for a in axes[i]) for i in (1, 2)]
   side = {
     'short': 'in' if sizes[0] <= sizes[1] else 'out',
+    'short_out': 'in' if sizes[0] < sizes[1] else 'out',
     'long': 'in' if sizes[0] >= sizes[1] else 'out',
   }.get(side, side)
   r = rank_of(rank, path, min(sizes))

@@ -24,10 +24,18 @@ METHODS = {
   ),
   'galore_bf16_basis': lrjax.scale_by_galore(**SMALL, basis_dtype=jnp.bfloat16),
   'galore_decayed': lrjax.galore(1e-2, **SMALL, weight_decay=0.1),
+  'fira': lrjax.scale_by_fira(**SMALL),
+  'apollo': lrjax.scale_by_apollo(**SMALL),
+  'apollo_mini': lrjax.apollo_mini(1e-2, update_proj_gap=3, weight_decay=0.1),
+  'ldadam': lrjax.scale_by_ldadam(rank=4),
 }
 # Staggering spreads refreshes over the tree at hand and random bases draw per slice, so a
 # stack is meant to differ from its slices taken alone.
-EXEMPT = {('galore_randomized_staggered', 'stacks')}
+EXEMPT = {
+  ('galore_randomized_staggered', 'stacks'),
+  ('apollo', 'stacks'),
+  ('apollo_mini', 'stacks'),
+}
 
 
 @pytest.mark.parametrize('check', testing.CHECKS, ids=lambda c: c.__name__)

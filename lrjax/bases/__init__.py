@@ -1,5 +1,6 @@
 """How a subspace is found: each basis is a `lrjax.types.Basis`."""
 
+from lrjax.bases.gaussian import gaussian
 from lrjax.bases.orthonormal import eigh, randomized_svd, subspace_iteration, svd
 from lrjax.bases.stored import stored_as
 from lrjax.bases.two_sided import two_sided
@@ -7,6 +8,7 @@ from lrjax.bases.two_sided import two_sided
 NAMES = dict(
   svd=svd,
   eigh=eigh,
+  gaussian=gaussian,
   randomized_svd=randomized_svd,
   subspace_iteration=subspace_iteration,
 )
@@ -14,6 +16,7 @@ NAMES = dict(
 __all__ = [
   'NAMES',
   'eigh',
+  'gaussian',
   'randomized_svd',
   'stored_as',
   'subspace_iteration',

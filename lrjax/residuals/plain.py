@@ -1,4 +1,4 @@
-"""What becomes of the part of a gradient that the subspace misses."""
+"""Residuals that drop the rest of a gradient, or keep it for later."""
 
 from collections.abc import Callable
 from typing import Any
