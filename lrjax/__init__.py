@@ -14,10 +14,10 @@ from lrjax.bases import (
 from lrjax.codecs import cast, int8
 
 # What an optimizer does and how it fares.
-from lrjax.inspection import coverage, health
+from lrjax.inspection import coverage, diagnostics, health
 
 # The loop and the lift.
-from lrjax.low_rank import low_rank
+from lrjax.low_rank import bias_corrected, low_rank
 from lrjax.matrices import on_matrices
 
 # Inner optimizers.
@@ -30,11 +30,12 @@ from lrjax.optimizers.galore import galore, scale_by_galore
 from lrjax.refreshes import every
 from lrjax.residuals import drop, error_feedback
 from lrjax.sharding import state_specs
-from lrjax.transports import keep, reset, rotate_abs, rotate_square
+from lrjax.transports import keep, projection_aware, reset, rotate_abs, rotate_square
 
 # The values parts exchange.
 from lrjax.types import (
   Basis,
+  Change,
   Codec,
   MatrixTransform,
   Parameterization,
@@ -49,6 +50,7 @@ __version__ = '0.1.0'
 
 __all__ = [
   'Basis',
+  'Change',
   'Codec',
   'MatrixTransform',
   'Parameterization',
@@ -57,8 +59,10 @@ __all__ = [
   'Split',
   'View',
   'adam',
+  'bias_corrected',
   'cast',
   'coverage',
+  'diagnostics',
   'drop',
   'eigh',
   'error_feedback',
@@ -71,6 +75,7 @@ __all__ = [
   'keep',
   'low_rank',
   'on_matrices',
+  'projection_aware',
   'randomized_svd',
   'reset',
   'rotate_abs',
