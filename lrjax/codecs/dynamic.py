@@ -1,13 +1,26 @@
 """The 8-bit dynamic map of block-wise quantization (Dettmers et al., arXiv 2110.02861)."""
 
-import numpy as np
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lrjax.checks import positive_int
 from lrjax.codecs.affine import join, split
 from lrjax.types import Codec
+
+
+class Dynamic8(NamedTuple):
+  """An array in 8 bits.
+
+  Attributes:
+    codes: uint8, of the array's shape: places in the map.
+    scale: float32 (n_blocks,), the largest magnitude of each block.
+  """
+
+  codes: jax.Array
+  scale: jax.Array
 
 
 def dynamic8(signed: bool = True, block: int = 256) -> Codec:
@@ -26,38 +39,57 @@ def dynamic8(signed: bool = True, block: int = 256) -> Codec:
     block: values that share a scale, a power of two; the last block may be shorter.
 
   Returns:
-    A `Codec`. The stored form is a dict of `codes` (uint8, shape of x) and `scale`
-    (float32, one a block): `1 + 4 / block` bytes a value.
+    A `Codec` whose stored form is a `Dynamic8`: `1 + 4 / block` bytes a value.
 
   Raises:
     ValueError: if `block` is no power of two.
 
   >>> c = dynamic8()
-  >>> c.decode(c.encode(jnp.array([1.0, -0.5, 1e-3, 0.0])))
-  Array([ 1.        , -0.50078124,  0.00094375,  0.        ], dtype=float32)
+  >>> stored = c.encode(jnp.array([1.0, -0.5, 0.0]))
+  >>> print(stored.codes, c.decode(stored).round(2))
+  [255  35 127] [ 1.  -0.5  0. ]
   """
   block = positive_int('block', block)
   if block & (block - 1):
     raise ValueError(f'`block` must be a power of two, got {block}')
   table = dynamic_map(signed)
   thresholds = (table[:-1] + table[1:]) / 2
-  if not signed:
-    thresholds[0] = 0.0
 
-  def encode(x: jax.Array) -> dict[str, jax.Array]:
+  def encode(x: jax.Array) -> Dynamic8:
     blocks = split(x.T, block)
     scale = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True).astype(jnp.float32)
     unit = blocks / jnp.where(scale > 0, scale, 1)
-    # A value on a threshold takes the lower code: so exact zeros stay zero.
     codes = jnp.searchsorted(thresholds, unit).astype(jnp.uint8)
-    return dict(codes=join(codes, x.T.shape).T, scale=scale[:, 0])
+    if not signed:
+      codes = jnp.maximum(codes, (blocks > 0).astype(jnp.uint8))
+    return Dynamic8(join(codes, x.T.shape).T, scale[:, 0])
 
-  def decode(stored: dict[str, jax.Array]) -> jax.Array:
-    codes = stored['codes'].T
-    values = jnp.asarray(table)[split(codes, block)] * stored['scale'][:, None]
+  def decode(stored: Dynamic8) -> jax.Array:
+    codes = stored.codes.T
+    values = jnp.asarray(table)[split(codes, block)] * stored.scale[:, None]
     return join(values, codes.shape).T
 
   return Codec(encode, decode)
+
+
+def widened(x: Any, signed: bool) -> Any:
+  """A moment as it is computed with: decoded if it is stored in 8 bits."""
+  return dynamic8(signed, _block(x)).decode(x) if isinstance(x, Dynamic8) else x
+
+
+def stored_like(x: jax.Array, like: Any, signed: bool) -> Any:
+  """`x` in the form, or else the dtype, of `like`."""
+  if isinstance(like, Dynamic8):
+    return dynamic8(signed, _block(like)).encode(x)
+  return x.astype(like.dtype)
+
+
+def _block(x: Dynamic8) -> int:
+  """The size of its blocks, a power of two, or one that is equivalent."""
+  block = 1
+  while -(-x.codes.size // block) > x.scale.size:
+    block *= 2
+  return block
 
 
 def dynamic_map(signed: bool) -> np.ndarray:

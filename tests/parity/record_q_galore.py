@@ -85,7 +85,7 @@ def main() -> None:
         if quant:
           scales = projector.ortho_matrix_scales
           # A group on one side of zero is what the official zero point cannot hold.
-          assert (0 <= projector.ortho_matrix_zeros).all() and (scales > 1e-6).all()
+          assert (projector.ortho_matrix_zeros >= 0).all() and (scales > 1e-6).all()
           seen[-1] |= dict(
             back=projector.project_back(low).numpy(),
             codes=projector.ortho_matrix.numpy().copy(),
