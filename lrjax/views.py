@@ -105,7 +105,7 @@ def planner(
   if side not in SIDES:
     raise ValueError(f'unknown `side` {side!r}; {closest(str(side), SIDES)}')
   check_rank(rank)
-  choose = _chooser(where)
+  choose = chooser(where)
   views = _views(weight_dimension_numbers)
 
   def plan_tree(tree: Any) -> list[tuple[LeafPlan, jax.Array]]:
@@ -248,7 +248,8 @@ def from_matrix(x: jax.Array, plan: LeafPlan) -> jax.Array:
   return jnp.transpose(x, sorted(range(len(order)), key=order.__getitem__))
 
 
-def _chooser(where: Where | None) -> Callable[[str, Any], bool]:
+def chooser(where: Where | None) -> Callable[[str, Any], bool]:
+  """`(path, leaf) -> bool` of the three forms of `where`."""
   if where is None:
     return hidden_kernels
   if isinstance(where, str):
