@@ -19,10 +19,6 @@ METHODS = {
     base_optimizer=optax.scale_by_lion(),
     basis_dtype=jnp.bfloat16,
   ),
-  'galore_factored': lrjax.scale_by_galore(
-    **SMALL, base_optimizer=lrjax.factored_rms()
-  ),
-  'galore_bf16_basis': lrjax.scale_by_galore(**SMALL, basis_dtype=jnp.bfloat16),
   'galore_8bit': lrjax.scale_by_galore_8bit(**SMALL, min_size=0),
   'q_galore': lrjax.scale_by_q_galore(
     4, 2, base_optimizer=lrjax.eight_bit(lrjax.adam(), min_size=0), window=1
