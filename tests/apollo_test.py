@@ -135,6 +135,13 @@ def test_a_sketch_may_be_wider_than_the_matrix_but_is_no_projection():
     lrjax.low_rank(b, lrjax.adam(), residual=lrjax.error_feedback())
 
 
+def test_a_codec_on_a_key_is_refused():
+  params = {'w': matrix((8, 12))}
+  basis = lambda r: lrjax.stored_as(lrjax.gaussian(r), lrjax.cast(jnp.bfloat16))
+  with pytest.raises(TypeError, match='spoil the uint32 numbers'):
+    lrjax.scale_by_apollo(3, basis=basis).init(params)
+
+
 def test_the_limiter_does_not_lock_after_a_zero_gradient():
   grads = gradients({'w': (8, 12)}, 5)
   grads[2] = jax.tree.map(jnp.zeros_like, grads[2])
