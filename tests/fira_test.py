@@ -130,7 +130,7 @@ def test_hyperparameters_can_be_injected():
   tx = make(learning_rate=0.1, rank=3, weight_decay=0.1)
   out, state = trajectory(tx, params, [params])
   want, _ = trajectory(lrjax.fira(0.1, rank=3, weight_decay=0.1), params, [params])
-  np.testing.assert_allclose(out[0]['w'], want[0]['w'], rtol=1e-4)
+  np.testing.assert_allclose(out[0]['w'], want[0]['w'], rtol=1e-5)
   assert {'learning_rate', 'scale', 'growth_limit', 'floor'} <= set(state.hyperparams)
 
 

@@ -137,7 +137,7 @@ def test_tiny_and_huge_gradients_are_followed(size):
   s = run(ldadam_rule(lrjax.eigh(3)), [g])[1][0]
   t = run(ldadam_rule(lrjax.eigh(3)), [size * g, size * g])[1][1]
   # One subspace: a power step on the same gradient moves the columns, not their span.
-  np.testing.assert_allclose(s.basis @ s.basis.T, t.basis @ t.basis.T, atol=1e-4)
+  np.testing.assert_allclose(s.basis @ s.basis.T, t.basis @ t.basis.T, atol=1e-5)
 
 
 def test_the_error_is_state_that_clipping_does_not_see():
