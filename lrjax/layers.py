@@ -76,7 +76,8 @@ def find_layers(tree: Any, where: Where | None = None) -> Layers:
     else:
       # With its separator, so that both layouts of a model have the same paths.
       start, end = match.span(1)
-      found.setdefault(path[: start - 1] + path[end:], {})[int(number)] = (i, x)
+      kind = (path[:start].rstrip('/_') + path[end:]).lstrip('/')
+      found.setdefault(kind, {})[int(number)] = (i, x)
   groups = [_group(path, members) for path, members in found.items()]
   return Layers(tuple(groups), _count(found), rest)
 

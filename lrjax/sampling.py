@@ -95,7 +95,7 @@ def sampled_layers(
 
   Raises:
     ValueError, TypeError: for arguments outside these; at `init` for more active layers
-      than layers, and for as many probabilities as there are no layers.
+      than layers, another number of probabilities, or layers unlike each other.
 
   >>> tx = sampled_layers(optax.sgd(1.0), 1, 10, order='descending')
   >>> grads = {'layers': {'w': jnp.ones((3, 2))}, 'head': jnp.ones(2)}
@@ -379,7 +379,10 @@ def _report(
       seen[paths[i]] = row
   for path in layers.rest:
     seen.setdefault(
-      path, Row(path, tuple(leaves[layers.rest[path]].shape), '', None, 0, None, 'rest')
+      path,
+      Row(
+        path, tuple(leaves[layers.rest[path]].shape), '', None, 0, None, 'always active'
+      ),
     )
 
 

@@ -36,7 +36,7 @@ def follows(tx, meta, start, grads, expected):
     w, state = step(w, state, g)
     worst = max(worst, float(np.abs(w - want).max()))
   print(f'largest difference {worst:.1e}')
-  # Measured: 6e-7 at most.
+  # Measured: 2.0e-6 for svd, whose small projections Adam blows up; 1.1e-6 for the rest.
   assert worst <= 2.1e-6
   return state
 
