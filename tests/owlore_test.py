@@ -181,4 +181,4 @@ def test_bad_modes_are_refused():
     lrjax.owlore(0.1, outlier_threshold=-1)
   with pytest.raises(ValueError, match='params'):
     tx = lrjax.owlore(0.1, n_active=2, rank=None, weight_decay=0.1)
-    tx.update(model(), tx.init(model()))
+    jax.eval_shape(tx.update, model(), tx.init(model()))

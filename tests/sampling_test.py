@@ -10,8 +10,8 @@ import pytest
 from samples import matrix
 
 import lrjax
+from lrjax.draws import drawer
 from lrjax.layers import find_layers
-from lrjax.sampling import _drawer
 from lrjax.testing import trajectory
 
 shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
@@ -44,7 +44,7 @@ def actives(tx, grads, state=None):
 
 def frequencies(p, n, draws):
   scores = jnp.log(jnp.asarray(p, jnp.float32))
-  draw = _drawer('random', 0)
+  draw = drawer('random', 0)
   one = lambda round: jnp.zeros(len(p)).at[draw(round, len(p), n, scores)].set(1)
   return jax.jit(jax.vmap(one))(jnp.arange(draws)).mean(0)
 
@@ -74,7 +74,7 @@ def test_equal_probabilities_include_all_layers_alike():
   ],
 )
 def test_orders_go_round(order, total, n, want):
-  draw = _drawer(order, 0)
+  draw = drawer(order, 0)
   got = [draw(jnp.int32(i), total, n, 0.0).tolist() for i in range(len(want))]
   assert [set(x) for x in got] == want
   assert all(x == sorted(x) for x in got)
