@@ -61,8 +61,8 @@ def on_matrices(
       first pattern found in a leaf's path wins; `d -> rank`, of the compressed side, 0
       allowed; or None for rules without a rank. Matrices whose short side (for `d ->
       rank` the compressed one) is not larger than the rank go to `rest`.
-    side: which axis is compressed: 'short' (the smaller one, `in` if square), 'long',
-      'in' or 'out'.
+    side: which axis is compressed: 'short' (the smaller one, `in` if square),
+      'short_out' (likewise, `out` if square), 'long', 'in' or 'out'.
     where: which leaves are projected: a pattern searched in the path, or
       `(path, leaf) -> bool`; default `hidden_kernels`.
     weight_dimension_numbers: the matrix axes: a `View` for all leaves, rules

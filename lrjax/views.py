@@ -15,7 +15,7 @@ from lrjax.checks import pattern as compiled
 from lrjax.types import View
 
 _DEFAULT = View()
-SIDES = ('short', 'long', 'in', 'out')
+SIDES = ('short', 'short_out', 'long', 'in', 'out')
 _PLAIN = re.compile(
   r'(^|.*/)([^/]*embed[^/]*|wte|wpe|[^/]*lm_head|head|logits|[^/]*norm[^/]*|ln(_?\w)?'
   r'|bias|scale)(/.*|$)',
@@ -105,7 +105,7 @@ def planner(
   if side not in SIDES:
     raise ValueError(f'unknown `side` {side!r}; {closest(str(side), SIDES)}')
   check_rank(rank)
-  choose = _chooser(where)
+  choose = chooser(where)
   views = _views(weight_dimension_numbers)
 
   def plan_tree(tree: Any) -> list[tuple[LeafPlan, jax.Array]]:
@@ -147,6 +147,7 @@ def plan_leaf(
   sizes = [math.prod(shape[a] for a in axes[i]) for i in (1, 2)]
   side = {
     'short': 'in' if sizes[0] <= sizes[1] else 'out',
+    'short_out': 'in' if sizes[0] < sizes[1] else 'out',
     'long': 'in' if sizes[0] >= sizes[1] else 'out',
   }.get(side, side)
   most = (sizes[0] if side == 'in' else sizes[1]) if callable(rank) else min(sizes)
@@ -247,7 +248,8 @@ def from_matrix(x: jax.Array, plan: LeafPlan) -> jax.Array:
   return jnp.transpose(x, sorted(range(len(order)), key=order.__getitem__))
 
 
-def _chooser(where: Where | None) -> Callable[[str, Any], bool]:
+def chooser(where: Where | None) -> Callable[[str, Any], bool]:
+  """`(path, leaf) -> bool` of the three forms of `where`."""
   if where is None:
     return hidden_kernels
   if isinstance(where, str):
