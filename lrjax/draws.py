@@ -17,7 +17,7 @@ TINY = float(np.finfo(np.float32).tiny)
 def drawer(order: str | Callable, seed: int) -> Callable:
   """`(round, L, n, log p) -> layers (n,)`, ascending."""
   if callable(order):
-    return lambda round, total, n, scores: jnp.asarray(order(round), jnp.int32)
+    return lambda round, total, n, scores: _told(order(round), n)
   if order not in ORDERS:
     raise ValueError(f'unknown `order` {order!r}; {closest(str(order), ORDERS)}')
 
@@ -36,6 +36,14 @@ def drawer(order: str | Callable, seed: int) -> Callable:
     return jnp.sort(found).astype(jnp.int32)
 
   return draw
+
+
+def _told(found: Any, n: int) -> jax.Array:
+  """The layers that a user's order names."""
+  found = jnp.asarray(found, jnp.int32)
+  if found.shape != (n,):
+    raise ValueError(f'`order` must return {n} layers, got shape {found.shape}')
+  return jnp.sort(found)
 
 
 def check_active(n: Any) -> None:

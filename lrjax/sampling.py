@@ -1,5 +1,6 @@
 """Which layers train: an optimizer whose state exists for the active layers alone."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -75,7 +76,7 @@ def sampled_layers(
     period: K, steps between draws.
     order: 'random'; 'ascending', 'descending' (n after n layers, going round), 'mirror'
       (half of them from each end towards the middle; n even; an odd middle layer is
-      left out); or `round -> layers (n,)`, ascending, with round = t // K.
+      left out); or `round -> layers (n,)`, all different, with round = t // K.
     probabilities: for 'random': None (all alike); L numbers, need not sum to one; or a
       function from parameters to these, called at `init`. A layer with probability 0
       is drawn only where no other is left.
@@ -123,6 +124,12 @@ def sampled_layers(
     if not leaves:  # the placeholder by which optax.tree.map_params finds its way
       state = inner.init(params), plain.init(params)
       return SampledState(count, skipped, active, scores, *state)
+    if not layers.count:
+      warnings.warn(
+        f'no leaf belongs to a layer, so all train at every step; choose the layers with'
+        f' `where`. Leaves: {", ".join(layers.rest)}',
+        stacklevel=2,
+      )
     state = init_rows(leaves, layers, n), plain.init(layers.outside(leaves))
     if rows_seen() is not None:
       paths = [leaf_path(p) for p, _ in jax.tree.leaves_with_path(params)]

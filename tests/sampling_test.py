@@ -210,6 +210,10 @@ def test_rows_of_a_report_tell_the_truth():
     (dict(n_active=0.05), '0.05 makes 0 layers active; allowed: 1 to 5'),
     (dict(period=0), '`period` must be at least 1'),
     (dict(order='mirror', n_active=3), 'as many layers from each end, got 3'),
+    (
+      dict(order=lambda round: jnp.arange(3)),
+      r'must return 2 layers, got shape \(3,\)',
+    ),
     (dict(order='rnd'), "unknown `order` 'rnd'.*random"),
     (dict(probabilities=[1, 1, 1, -1, 1]), 'at least 0 a layer'),
     (dict(probabilities=[1, 1, float('nan')]), 'one finite number'),
