@@ -102,10 +102,13 @@ def log_scores(chances: Any, params: Any, total: int) -> Any:
   leaves = jax.tree.leaves(params)
   if not total or any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
     return jnp.zeros(max(1, total), jnp.float32)
-  scores = chances(params)
+  scores = jnp.asarray(chances(params), jnp.float32)
   if scores.shape != (total,):
     raise ValueError(
       f'`probabilities` returned shape {scores.shape} for {total} layers; one each'
     )
+  # Under jit there are no values to look at yet.
+  if not isinstance(scores, jax.core.Tracer) and not bool((scores >= 0).all()):
+    raise ValueError(f'`probabilities` returned negative numbers or NaN: {scores}')
   p = scores / jnp.maximum(scores.sum(), TINY)
-  return sharding.whole(jnp.log(jnp.maximum(p, TINY)).astype(jnp.float32))
+  return sharding.whole(jnp.log(jnp.maximum(p, TINY)))

@@ -287,13 +287,9 @@ def _report(
       if paths[i] != first:
         row = row._replace(state_bytes=0, note=f'{note}; state counted at {first}')
       seen[paths[i]] = row
-  for path in layers.rest:
-    seen.setdefault(
-      path,
-      Row(
-        path, tuple(leaves[layers.rest[path]].shape), '', None, 0, None, 'always active'
-      ),
-    )
+  for path, x in layers.outside(leaves).items():
+    row = Row(path, tuple(x.shape), '', None, 0, None, 'always active')
+    seen.setdefault(path, row)
 
 
 def _check_like_init(state: Any, like: SampledState) -> None:

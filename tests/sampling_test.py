@@ -220,15 +220,21 @@ def test_rows_of_a_report_tell_the_truth():
     (dict(probabilities=[1, 0, 0, 0, 0]), 'above 0 for 1 layers; at least.* 2'),
     (dict(probabilities=[1, 1, 1]), 'has 3 entries for 5 layers'),
     (dict(probabilities=lambda p: jnp.ones(4)), r'shape \(4,\) for 5 layers'),
+    (dict(probabilities=lambda p: -jnp.ones(5)), 'returned negative'),
     (dict(probabilities=[1] * 5, order='ascending'), 'need `order` random'),
   ],
   ids=lambda x: next(iter(x)) if isinstance(x, dict) else '',
 )
 def test_bad_arguments_are_refused(bad, message):
   with pytest.raises(ValueError, match=message):
-    lrjax.sampled_layers(lrjax.adam(), **{'n_active': 2, 'period': 2, **bad}).init(
-      tree()
-    )
+    tx = lrjax.sampled_layers(lrjax.adam(), **{'n_active': 2, 'period': 2, **bad})
+    jax.eval_shape(tx.update, tree(), tx.init(tree()))
+
+
+def test_a_tree_without_layers_is_told():
+  tx = lrjax.sampled_layers(lrjax.adam(), 2, 2)
+  with pytest.warns(UserWarning, match=r'no leaf belongs to a layer.*Leaves: w'):
+    tx.init({'w': jnp.ones((4, 6))})
 
 
 def test_layers_are_found_in_trees_of_many_makes():
