@@ -109,7 +109,7 @@ def test_layers_with_more_outliers_train_more():
 def test_frozen_layers_keep_their_bits_and_active_ones_decay(mask):
   params = jax.tree.map(lambda x: 1.5 * x, model())
   grads = jax.tree.map(lambda x: matrix(x.shape), params)
-  shared = dict(n_active=2, period=9, rank=None, seed=3)
+  shared = dict(n_active=2, period=9, rank=None, probabilities='uniform')
   undecayed = lrjax.owlore(0.1, **shared)
   tx = lrjax.owlore(0.1, **shared, weight_decay=0.5, mask=mask)
   (u,), state = trajectory(tx, params, [grads])

@@ -120,7 +120,7 @@ def test_inactive_layers_do_not_move_and_active_ones_start_over():
 @pytest.mark.parametrize('compact', [True, False])
 def test_numbered_layers_are_as_stacked_ones(compact):
   grads = [tree(seed=i) for i in range(4)]
-  inner = lrjax.scale_by_galore(2, 2)
+  inner = lrjax.scale_by_galore(2, 2) if compact else lrjax.adam()
   tx = lrjax.sampled_layers(inner, 2, 2, rest=lrjax.adam(), compact=compact)
   want, state = trajectory(tx, grads[0], grads)
   split = [numbered(g) for g in grads]
