@@ -62,8 +62,6 @@ from lrjax.orthogonalize import newton_schulz, polar
 from lrjax.refreshes import every, lazy
 from lrjax.residuals import drop, error_feedback, scale_full, state_free
 from lrjax.sampling import sampled_layers
-
-# The remaining parts of the loop.
 from lrjax.sharding import state_specs
 from lrjax.transports import keep, projection_aware, reset, rotate_abs, rotate_square
 
