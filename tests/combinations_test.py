@@ -21,6 +21,7 @@ BASES = {
   'eigh': lrjax.eigh,
   'randomized_svd': lrjax.randomized_svd,
   'subspace_iteration': lrjax.subspace_iteration,
+  'dct': lrjax.dct,
   'two_sided': lambda r: lrjax.two_sided(lrjax.svd(r)),
   'bf16': lambda r: lrjax.stored_as(lrjax.svd(r), lrjax.cast(jnp.bfloat16)),
   'int8': lambda r: lrjax.stored_as(lrjax.eigh(r), lrjax.int8()),
@@ -29,6 +30,7 @@ INNERS = {
   'adam': lrjax.adam,
   'optax_adam': optax.scale_by_adam,
   'lion': optax.scale_by_lion,
+  'muon': optax.contrib.scale_by_muon,
   'momentum': lambda: optax.trace(0.9),
   'factored_rms': lrjax.factored_rms,
   'sgd': optax.identity,
@@ -41,6 +43,7 @@ REFRESHES = {
 RESIDUALS = {
   'drop': lrjax.drop,
   'error_feedback': lrjax.error_feedback,
+  'error_feedback_int8': lambda: lrjax.error_feedback(codec=lrjax.int8()),
 }
 TRANSPORTS = {
   'keep': lrjax.keep,

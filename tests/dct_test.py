@@ -13,7 +13,7 @@ from oracles import dct as oracle
 from samples import gradients, matrix
 
 import lrjax
-from lrjax.bases.dct import carry, columns, idct, makhoul
+from lrjax.bases.dct import columns, idct, makhoul
 from lrjax.testing import trajectory
 
 PATHS = ('matmul', 'fft')
@@ -105,7 +105,7 @@ def test_kept_columns_carry_their_moments_bit_for_bit():
     ([0, 2, 3, 5], 0 * x),
     ([4, 7, 9, 11], jnp.stack([x[1], 0 * x[0], x[3], 0 * x[0]])),
   ):
-    change = carry(old, jnp.array(new))
+    change = lrjax.dct(4).change(old, jnp.array(new), 12)
     np.testing.assert_array_equal(change.rotate(x), want)
     np.testing.assert_array_equal(change.square(x), want)
     P = lambda i: columns(jnp.asarray(i), 12, jnp.float32)
@@ -193,7 +193,7 @@ def test_defect_more_than_two_axes_are_never_updated():
 
 def test_defect_rotation_writes_into_its_own_input():
   x = jnp.asarray(normal((3, 5)))
-  swap = carry(jnp.array([1, 4, 6]), jnp.array([4, 6, 7]))
+  swap = lrjax.dct(3).change(jnp.array([1, 4, 6]), jnp.array([4, 6, 7]), 8)
   np.testing.assert_array_equal(swap.rotate(x), jnp.stack([x[1], x[2], 0 * x[0]]))
 
 
@@ -221,6 +221,18 @@ def test_defect_without_rotation_moments_of_different_columns_mix():
 
 
 # --- Memory and arguments.
+
+
+def test_hyperparameters_can_be_injected():
+  params = {'w': matrix((8, 12))}
+  static = ('rank', 'update_proj_gap')
+  for method in (lrjax.dct_adamw, lrjax.trion):
+    make = optax.inject_hyperparams(method, static_args=static)
+    tx = make(learning_rate=optax.linear_schedule(0.1, 0.0, 4), rank=3)
+    out, state = trajectory(tx, params, [params] * 2)
+    want, _ = trajectory(method(0.1, rank=3), params, [params])
+    np.testing.assert_allclose(out[0]['w'], want[0]['w'], atol=1e-6)
+    assert {'learning_rate', 'weight_decay'} <= set(state.hyperparams)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,7 @@ from typing import Any, Unpack
 
 import optax
 
-from lrjax import codecs, moments, residuals, transports
-from lrjax.bases import dct
+from lrjax import bases, codecs, moments, residuals, transports
 from lrjax.checks import named
 from lrjax.low_rank import low_rank
 from lrjax.matrices import on_matrices
@@ -30,7 +29,7 @@ def scale_by_dct_adamw(
   eps: float = 1e-8,
   *,
   error_feedback: str | Residual = 'int8',
-  basis: Callable[[int], Basis] = dct,
+  basis: str | Callable[[int], Basis] = 'dct',
   moments_on_refresh: str | Callable = 'rotate_abs',
   **lift: Unpack[Lift],
 ) -> optax.GradientTransformationExtraArgs:
@@ -60,7 +59,8 @@ def scale_by_dct_adamw(
     error_feedback: how E is stored: 'int8' (the paper's experiments), 'full', or 'none'
       for no E, the default of the official code; or any `Residual`, such as
       `lrjax.error_feedback(codec=...)`.
-    basis: `rank -> Basis`.
+    basis: how P is found: `rank -> Basis`, such as `functools.partial(lrjax.dct,
+      norm='l2')`, or the name of one, see `lrjax.scale_by_galore`.
     moments_on_refresh: 'rotate_abs' carries moments over by index (`rotate_subspace` of
       the official code, which leaves it off and then mixes the moments of different
       columns); others see `lrjax.transports`.
@@ -81,9 +81,10 @@ def scale_by_dct_adamw(
   >>> tx = scale_by_dct_adamw(rank=2)
   >>> params = {'kernel': jnp.ones((8, 16)), 'bias': jnp.zeros(16)}
   >>> updates, state = tx.update(params, tx.init(params))
-  >>> state.slots['kernel'].state.basis
-  Array([0, 1], dtype=int32)
+  >>> state.slots['kernel'].state.basis.shape  # indices of cosines
+  (2,)
   """
+  make = named('basis', basis, bases.NAMES)
   transport = named('moments_on_refresh', moments_on_refresh, transports.NAMES)
   inner = moments.adam(b1, b2, eps)
   refresh = every(update_proj_gap)
@@ -93,7 +94,7 @@ def scale_by_dct_adamw(
 
   def rule(rank: int) -> MatrixTransform:
     return low_rank(
-      basis(rank), inner, refresh=refresh, residual=residual, transport=transport
+      make(rank), inner, refresh=refresh, residual=residual, transport=transport
     )
 
   rule(1)  # parts that do not fit are refused here, not at the first step
