@@ -1,4 +1,4 @@
-"""What becomes of the part of a gradient that the subspace misses."""
+"""Residuals that drop the rest of a gradient, or keep it for later."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lrjax.checks import finite
+from lrjax.checks import finite, named
 from lrjax.types import Codec, Residual
 
 
@@ -55,3 +55,38 @@ def error_feedback(scale: float = 1.0, codec: Codec | None = None) -> Residual:
   init = lambda g: encode(jnp.zeros(g.shape, g.dtype))
   before = lambda g, s: g + decode(s).astype(g.dtype)
   return Residual(init, before, after, projects=True)
+
+
+# What a step takes of a gradient for which no state is kept.
+STATE_FREE = dict(sign=jnp.sign, sgd=lambda g: g, no=jnp.zeros_like)
+
+
+def state_free(
+  rule: str | Callable = 'sign', inactive_scale: float = 1.0, scale: float = 1.0
+) -> Residual:
+  r"""What the subspace missed moves too, by a rule without state (FRUGAL).
+
+  .. math:: \Delta = \mathrm{scale} \cdot
+    \big(P U + \mathrm{inactive\_scale} \cdot f(G - P P^\top G)\big)
+
+  The sign of the missed part is not orthogonal to P, so the update has a component in
+  the subspace besides P U.
+
+  Args:
+    rule: f: 'sign', 'sgd' (the part itself), 'no' (nothing), or a function.
+    inactive_scale: learning rate of the missed part, relative to that of P U.
+    scale: factor of the whole update.
+
+  Returns:
+    A `Residual` without state.
+  """
+  f = named('inactive', rule, STATE_FREE)
+  finite('inactive_scale', inactive_scale)
+  finite('scale', scale)
+
+  def after(
+    g: jax.Array, low: jax.Array, u: jax.Array, up: Callable, s: tuple
+  ) -> tuple[jax.Array, tuple]:
+    return scale * (up(u) + inactive_scale * f(g - up(low))), s
+
+  return Residual(lambda g: (), lambda g, s: g, after, projects=True)
