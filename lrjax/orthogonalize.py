@@ -85,6 +85,11 @@ def newton_schulz(
   return (y.T if m > n else y).astype(x.dtype)
 
 
+def polar_express(x: jax.Array) -> jax.Array:
+  """`newton_schulz` with the constants of `POLAR_EXPRESS`."""
+  return newton_schulz(x, POLAR_EXPRESS, norm_factor=1.02, eps=1e-6)
+
+
 def polar(x: jax.Array) -> jax.Array:
   """U V^T of the singular value decomposition (m, n); the reference for the above.
 
@@ -137,5 +142,7 @@ def spectral_scale(fan_in: int, fan_out: int) -> float:
   return math.sqrt(fan_out / fan_in)
 
 
-ORTHOGONALIZERS = dict(newton_schulz=newton_schulz, polar=polar)
+ORTHOGONALIZERS = dict(
+  newton_schulz=newton_schulz, polar_express=polar_express, polar=polar
+)
 FAN_SCALES = dict(none=unscaled, kj=muon_scale, kimi=rms_scale, dion=spectral_scale)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrjax.bases.columns import carry_over
+from lrjax.bases.heaviest import NORMS, largest
 from lrjax.bases.orthonormal import HIGHEST, down, up
 from lrjax.checks import named, positive_int
 from lrjax.types import Basis
@@ -64,7 +65,7 @@ def dct(
   [0 1]
   """
   rank = positive_int('rank', rank)
-  ell = named('norm', norm, dict(l1=jnp.abs, l2=jnp.square))
+  size = named('norm', norm, NORMS)
   named('form', form, TRANSFORMS)
   if path is not None:
     named('path', path, dict(matmul=None, fft=None))
@@ -80,10 +81,7 @@ def dct(
     every = jnp.arange(d, dtype=jnp.int32)
     return jnp.matmul(columns(every, d, g.dtype, form).T, g, precision=HIGHEST)
 
-  def fit(key: Any, g: jax.Array, b: jax.Array) -> jax.Array:
-    _, best = jax.lax.top_k(ell(aligned(g)).sum(axis=1), len(b))
-    return jnp.sort(best).astype(jnp.int32)
-
+  fit = lambda key, g, b: largest(size(aligned(g)).sum(axis=1), b)
   P = lambda b, d, dtype: columns(b, d, dtype, form)
   return Basis(
     init=init,

@@ -98,7 +98,8 @@ def scale_by_trion(
     basis: how P is found: the name of a basis or `rank -> Basis`, an orthonormal one.
     orthogonalize: of b: 'newton_schulz', five quintic steps with Keller Jordan's
       constants in float32, where the official code computes in bfloat16 (`lambda x:
-      lrjax.newton_schulz(x, dtype=jnp.bfloat16)`); 'polar', exact; or a function.
+      lrjax.newton_schulz(x, dtype=jnp.bfloat16)`); 'polar_express', 'polar', exact; or a
+      function.
     update_proj_gap: steps between choices of P; the published method chooses each step.
     rest: for all other leaves; default Adam as in the official code (0.9, 0.95, 1e-10),
       times 0.015, the ratio of its two learning rates, 3e-4 and 0.02.
