@@ -57,9 +57,9 @@ def scale_by_dct_adamw(
     b1: decay of the first moment.
     b2: decay of the second moment.
     eps: added to the root of the second moment.
-    error_feedback: how E is stored: 'int8' (the paper's experiments), 'int4', 'full', or
-      'none' for no E, the default of the official code; or any `Residual`, such as
-      `lrjax.error_feedback(codec=...)`.
+    error_feedback: how E is stored: 'int8', 'int4', 'full', or 'none' for no E, which is
+      the default of the official code, not of the paper's algorithm; or any `Residual`,
+      such as `lrjax.error_feedback(codec=...)`.
     basis: how P is found: `rank -> Basis`, such as `functools.partial(lrjax.dct,
       norm='l2')`, or the name of one, see `lrjax.scale_by_galore`.
     moments_on_refresh: 'rotate_abs' carries moments over by index (`rotate_subspace` of

@@ -77,7 +77,7 @@ def scale_by_dion(
 
   with B (d, k), P (k, r), Q (d, r): one step of subspace iteration, warm-started by the
   last Q. Momentum decays where the update acts; what the factors miss stays in M whole:
-  the error feedback. On a mesh only the products with P and Q are summed over devices.
+  the error feedback.
 
   State per matrix: `d k` numbers of momentum and `d r` of Q; Muon keeps `d k`.
   Choose it for Muon's kind of update where whole matrices are too large to
