@@ -10,6 +10,7 @@ from lrjax.bases import (
   eigh,
   entries,
   gaussian,
+  heaviest,
   random_orthogonal,
   randomized_svd,
   stored_as,
@@ -41,6 +42,7 @@ from lrjax.optimizers.apollo import (
 )
 from lrjax.optimizers.dct_adamw import dct_adamw, scale_by_dct_adamw
 from lrjax.optimizers.dion import dion, scale_by_dion
+from lrjax.optimizers.dion2 import dion2, scale_by_dion2
 from lrjax.optimizers.fira import fira, scale_by_fira
 from lrjax.optimizers.frugal import frugal, scale_by_frugal
 from lrjax.optimizers.galore import galore, scale_by_galore
@@ -103,6 +105,7 @@ __all__ = [
   'dct_adamw',
   'diagnostics',
   'dion',
+  'dion2',
   'drop',
   'dynamic8',
   'eigh',
@@ -117,6 +120,7 @@ __all__ = [
   'galore_8bit',
   'gaussian',
   'health',
+  'heaviest',
   'hidden_kernels',
   'int8',
   'int8_weights',
@@ -142,6 +146,7 @@ __all__ = [
   'scale_by_apollo_mini',
   'scale_by_dct_adamw',
   'scale_by_dion',
+  'scale_by_dion2',
   'scale_by_fira',
   'scale_by_frugal',
   'scale_by_galore',

@@ -38,6 +38,7 @@ METHODS = {
   ),
   # Without factors of the fans, which a transposed matrix is meant to change.
   'trion': lrjax.scale_by_trion(4, scaling='none'),
+  'dion2': lrjax.scale_by_dion2(4, scaling='none'),
   'dion': lrjax.scale_by_dion(4, scaling='none', orth='cholesky_qr'),
 }
 # Staggering spreads refreshes over the tree at hand and random bases draw per slice, so a

@@ -3,6 +3,7 @@
 from lrjax.bases.columns import columns, entries
 from lrjax.bases.dct import dct
 from lrjax.bases.gaussian import gaussian
+from lrjax.bases.heaviest import heaviest
 from lrjax.bases.orthonormal import eigh, randomized_svd, subspace_iteration, svd
 from lrjax.bases.random_orthogonal import random_orthogonal
 from lrjax.bases.stored import stored_as
@@ -18,6 +19,7 @@ NAMES = dict(
   randomized_svd=randomized_svd,
   subspace_iteration=subspace_iteration,
   dct=dct,
+  heaviest=heaviest,
 )
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
   'eigh',
   'entries',
   'gaussian',
+  'heaviest',
   'random_orthogonal',
   'randomized_svd',
   'stored_as',
