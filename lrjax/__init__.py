@@ -16,6 +16,9 @@ from lrjax.codecs import cast, int8
 # What an optimizer does and how it fares.
 from lrjax.inspection import coverage, health
 
+# Updates inside the backward pass.
+from lrjax.layerwise import Parts, layerwise
+
 # The loop and the lift.
 from lrjax.low_rank import low_rank
 from lrjax.matrices import on_matrices
@@ -52,6 +55,7 @@ __all__ = [
   'Codec',
   'MatrixTransform',
   'Parameterization',
+  'Parts',
   'Refresh',
   'Residual',
   'Split',
@@ -69,6 +73,7 @@ __all__ = [
   'hidden_kernels',
   'int8',
   'keep',
+  'layerwise',
   'low_rank',
   'on_matrices',
   'randomized_svd',
