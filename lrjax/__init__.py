@@ -14,13 +14,13 @@ from lrjax.bases import (
 from lrjax.codecs import cast, int8
 
 # What an optimizer does and how it fares.
-from lrjax.inspection import coverage, health
+from lrjax.inspection import coverage, diagnostics, health
 
 # Updates inside the backward pass.
 from lrjax.layerwise import Parts, layerwise
 
 # The loop and the lift.
-from lrjax.low_rank import low_rank
+from lrjax.low_rank import bias_corrected, low_rank
 from lrjax.matrices import on_matrices
 
 # Inner optimizers.
@@ -33,11 +33,12 @@ from lrjax.optimizers.galore import galore, scale_by_galore
 from lrjax.refreshes import every
 from lrjax.residuals import drop, error_feedback
 from lrjax.sharding import state_specs
-from lrjax.transports import keep, reset, rotate_abs, rotate_square
+from lrjax.transports import keep, projection_aware, reset, rotate_abs, rotate_square
 
 # The values parts exchange.
 from lrjax.types import (
   Basis,
+  Change,
   Codec,
   MatrixTransform,
   Parameterization,
@@ -52,6 +53,7 @@ __version__ = '0.1.0'
 
 __all__ = [
   'Basis',
+  'Change',
   'Codec',
   'MatrixTransform',
   'Parameterization',
@@ -61,8 +63,10 @@ __all__ = [
   'Split',
   'View',
   'adam',
+  'bias_corrected',
   'cast',
   'coverage',
+  'diagnostics',
   'drop',
   'eigh',
   'error_feedback',
@@ -76,6 +80,7 @@ __all__ = [
   'layerwise',
   'low_rank',
   'on_matrices',
+  'projection_aware',
   'randomized_svd',
   'reset',
   'rotate_abs',

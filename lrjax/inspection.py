@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from lrjax.matrices import MatricesState, Slot, nodes
+from lrjax.observing import Diagnostics, ObservedState
 from lrjax.recording import Row, recording, tree_bytes
 from lrjax.views import leaf_path
 
@@ -105,3 +106,30 @@ def health(state: Any) -> dict[str, jax.Array]:
     skipped_steps=sum((m.skipped for m in found), zero),
     overdue_refreshes=jnp.max(jnp.array([zero, *(s.overdue.max() for s in slots)])),
   )
+
+
+def diagnostics(state: Any) -> dict[str, Diagnostics]:
+  """What transformations made with `diagnostics=n` measured last.
+
+  Args:
+    state: the state of any optax transformation that holds lrjax ones.
+
+  Returns:
+    Leaf path -> `Diagnostics`, each array with the leaf's stack axes: captured energy,
+    overlap of the last two subspaces, residual norm, effective rank of the gradient,
+    number of refreshes. Empty if nothing is measured; usable under jit.
+
+  >>> import jax.numpy as jnp, lrjax, optax
+  >>> rule = lambda rank: lrjax.low_rank(lrjax.svd(rank), optax.identity())
+  >>> tx = lrjax.on_matrices(rule, rank=1, diagnostics=1)
+  >>> grads = {'kernel': jnp.diag(jnp.array([3.0, 4.0]))}
+  >>> _, state = tx.update(grads, tx.init(grads))
+  >>> print(f"{diagnostics(state)['kernel'].captured_energy:.2f}")
+  0.64
+  """
+  return {
+    path: slot.state.diagnostics
+    for m in nodes(state, MatricesState)
+    for path, slot in m.slots.items()
+    if isinstance(slot, Slot) and isinstance(slot.state, ObservedState)
+  }

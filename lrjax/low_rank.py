@@ -9,7 +9,7 @@ import optax
 
 from lrjax import residuals, transports
 from lrjax.refreshes import every
-from lrjax.types import Basis, MatrixTransform, Refresh, Residual
+from lrjax.types import Basis, Change, MatrixTransform, Refresh, Residual
 
 # An (r, k) array on which parts are tried for fit before there is any data.
 PROBE = jax.ShapeDtypeStruct((2, 3), jnp.float32)
@@ -66,17 +66,18 @@ def low_rank(
   ...
   ValueError: the inner optimizer needs parameters, which a low-rank space has not...
   """
-  check_gradient_only(inner)
-  check_transport(transport, inner, basis)
-  inner = optax.with_extra_args_support(inner)
   refresh = every(200) if refresh is None else refresh
   residual = residuals.drop(1.0) if residual is None else residual
+  check_gradient_only(inner)
+  check_fits(basis, inner, refresh, residual, transport)
+  inner = optax.with_extra_args_support(inner)
   matrix = basis.matrix
 
   def init(g: Any) -> LowRankState:
     d, k = g.shape
     b = basis.init(d, k, g.dtype)
     low = jax.eval_shape(basis.down, b, g)
+    check_shapes(basis, b, low, g)
     low = jnp.zeros(low.shape, low.dtype)
     return LowRankState(b, inner.init(low), residual.init(g), refresh.init())
 
@@ -89,12 +90,12 @@ def low_rank(
     g = residual.before(g, s.residual)
     b = basis.fit(key, _unit_scale(g), s.basis)
     good = jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(b)]).all()
-    if matrix is None:
-      old = new = None
-      change = _no_matrix
-    else:
-      old, new = matrix(s.basis, len(g)), matrix(b, len(g))
-      change = lambda: new.T @ old
+    old, new = (matrix(x, len(g)) if matrix else None for x in (s.basis, b))
+    change = NO_CHANGE
+    if basis.change is not None:
+      change = basis.change(s.basis, b, len(g))
+    elif old is not None and new is not None:
+      change = dense_change(old, new)
     return s._replace(
       basis=b,
       inner=transport(change, s.inner),
@@ -109,7 +110,37 @@ def low_rank(
     out, residual_state = residual.after(g, low, u, up, s.residual)
     return out, s._replace(inner=inner_state, residual=residual_state)
 
-  return MatrixTransform(init, update, due, refit, refresh.batched)
+  subspace = None if matrix is None else lambda s, d: matrix(s.basis, d)
+  return MatrixTransform(init, update, due, refit, refresh.batched, subspace)
+
+
+def bias_corrected(tx: MatrixTransform, b1: float, b2: float) -> MatrixTransform:
+  r"""Multiplies the update by :math:`\sqrt{1 - b_2^t} / (1 - b_1^t)`, t updates taken.
+
+  For residuals that compare uncorrected moments with gradients, as the code of Fira and
+  APOLLO does: the inner is `lrjax.adam(b1, b2, bias_correction='none')`.
+
+  Args:
+    tx: made by `low_rank`, with an inner state that has a `count`.
+    b1: decay of the first moment.
+    b2: decay of the second moment.
+
+  Returns:
+    A `MatrixTransform` with the same state.
+  """
+
+  def update(g: jax.Array, s: LowRankState) -> tuple[jax.Array, LowRankState]:
+    u, s = tx.update(g, s)
+    t = s.inner.count
+    return u * (jnp.sqrt(1 - b2**t) / (1 - b1**t)), s
+
+  return tx._replace(update=update)
+
+
+def dense_change(old: jax.Array, new: jax.Array) -> Change:
+  """The change between two bases P (d, r)."""
+  C = new.T @ old
+  return Change(lambda x: C @ x, lambda x: jnp.square(C) @ x)
 
 
 def check_gradient_only(inner: optax.GradientTransformation) -> None:
@@ -134,12 +165,36 @@ def check_gradient_only(inner: optax.GradientTransformation) -> None:
     ) from e
 
 
-def check_transport(
-  transport: Callable, inner: optax.GradientTransformation, basis: Basis
+def check_fits(
+  basis: Basis,
+  inner: optax.GradientTransformation,
+  refresh: Refresh,
+  residual: Residual,
+  transport: Callable,
 ) -> None:
-  """Raises ValueError if `transport` does not fit the inner state or the basis."""
-  change = _no_matrix if basis.matrix is None else lambda: jnp.eye(PROBE.shape[0])
+  """Raises ValueError if one part needs what another has not."""
+  if residual.projects and not basis.orthonormal:
+    raise ValueError(
+      'this residual keeps what a projection leaves over and needs an orthonormal basis;'
+      ' a random sketch is none, and the rest would grow without bound'
+    )
+  eye = jnp.eye(PROBE.shape[0])
+  change = NO_CHANGE
+  if basis.matrix is not None or basis.change is not None:
+    change = dense_change(eye, eye)
   jax.eval_shape(lambda low: transport(change, inner.init(low)), PROBE)
+  p = None if basis.matrix is None else eye
+  jax.eval_shape(lambda: refresh.after(refresh.init(), p, p))
+
+
+def check_shapes(basis: Basis, b: Any, low: Any, g: Any) -> None:
+  """Raises ValueError if a basis does not lead from a matrix (d, k) back to one."""
+  back = jax.eval_shape(lambda b, low: basis.up(b, low, g.shape[0]), b, low)
+  if back.shape != g.shape:
+    raise ValueError(
+      f'the basis does not fit the compressed side: it takes a matrix {g.shape}, that'
+      f' side first, to {low.shape} and back to {back.shape}'
+    )
 
 
 def _unit_scale(g: jax.Array) -> jax.Array:
@@ -147,8 +202,11 @@ def _unit_scale(g: jax.Array) -> jax.Array:
   return jnp.ldexp(g, -jnp.frexp(jnp.max(jnp.abs(g)))[1])
 
 
-def _no_matrix() -> jax.Array:
+def _no_matrix(x: jax.Array) -> jax.Array:
   raise ValueError(
     'this transport rotates the inner state and needs a basis with one matrix P; use'
     ' transport=keep or reset with this basis'
   )
+
+
+NO_CHANGE = Change(_no_matrix, _no_matrix)

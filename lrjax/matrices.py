@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from lrjax import sharding, stacks
-from lrjax.checks import closest
+from lrjax.checks import closest, positive_int
+from lrjax.observing import observed
 from lrjax.recording import record
 from lrjax.stacks import LARGEST, Slot, all_of, select
 from lrjax.types import MatrixTransform
@@ -44,6 +45,8 @@ def on_matrices(
   rest: optax.GradientTransformation | None = None,
   seed: int = 0,
   guard: str = 'tree',
+  diagnostics: int | None = None,
+  fan_scale: Callable[[int, int], float] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Applies a one-matrix rule to every matrix of a tree, and `rest` to all else.
 
@@ -71,6 +74,9 @@ def on_matrices(
       (and all of `rest` if it is there). Weight decay outside knows of neither, but for
       'tree' in ready-made optimizers. `optax.MultiSteps` keeps a NaN in its sum: give it
       `should_skip_update_fn=optax.skip_not_finite`.
+    diagnostics: measure the subspaces every so many steps, for `lrjax.diagnostics`;
+      default never, at no cost.
+    fan_scale: `(fan_in, fan_out) -> factor` of a matrix's updates.
 
   Returns:
     An `optax.GradientTransformationExtraArgs` whose state is a `MatricesState`.
@@ -91,7 +97,10 @@ def on_matrices(
     raise ValueError(f'unknown `guard` {guard!r}; {closest(str(guard), GUARDS)}')
   plan_tree = planner(rank, side, where, weight_dimension_numbers)
   plain = optax.with_extra_args_support(rest or optax.identity())
-  rule = functools.cache(rule)
+  rule = functools.cache(
+    _observed(rule, diagnostics) if diagnostics is not None else rule
+  )
+  factor = lambda plan: 1.0 if fan_scale is None else fan_scale(*plan.fans)
 
   def init(params: Any) -> MatricesState:
     plans = plan_tree(params)
@@ -116,7 +125,7 @@ def on_matrices(
       leaves, treedef = jax.tree.flatten(updates)
       here = [(p, x) for (p, _), x in zip(plans, leaves)]
       work = {
-        p.path: stacks.examine(rule(p.rank), p, x, state.slots[p.path])
+        p.path: stacks.examine(rule(p.rank), p, x, state.slots[p.path], factor(p))
         for p, x in here
         if not p.reason
       }
@@ -161,6 +170,11 @@ def nodes(tree: Any, kind: type) -> list:
   """All subtrees of one type, the states of lrjax inside an optax state for example."""
   is_kind = lambda x: isinstance(x, kind)
   return [x for x in jax.tree.leaves(tree, is_leaf=is_kind) if is_kind(x)]
+
+
+def _observed(rule: Callable, period: int) -> Callable:
+  positive_int('diagnostics', period)
+  return lambda rank: observed(rule(rank), period)
 
 
 def _init_slot(rule: MatrixTransform, plan: LeafPlan, x: Any) -> Slot:

@@ -48,4 +48,4 @@ def error_feedback(scale: float = 1.0) -> Residual:
     return up(scale * u), g - up(low)
 
   init = lambda g: jnp.zeros(g.shape, g.dtype)
-  return Residual(init, lambda g, s: g + s, after)
+  return Residual(init, lambda g, s: g + s, after, projects=True)

@@ -1,8 +1,8 @@
 """The matrices of one leaf at work: their state, their step, their refresh."""
 
 import functools
+import hashlib
 import math
-import zlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -41,6 +41,7 @@ class Stack(NamedTuple):
     slot: their state.
     ok: bool (*stack), whether the gradient may be used.
     nonzero: bool (*stack), whether it can set a basis.
+    scale: factor of the updates.
   """
 
   rule: MatrixTransform
@@ -49,6 +50,7 @@ class Stack(NamedTuple):
   slot: Slot
   ok: jax.Array
   nonzero: jax.Array
+  scale: float = 1.0
 
   @property
   def g(self) -> jax.Array:
@@ -64,6 +66,7 @@ class Stack(NamedTuple):
   def step(self) -> tuple[jax.Array, Slot]:
     """The leaf's update and its state; nothing moves where `ok` is false."""
     u, state = self.over_stack(self.rule.update)(self.g, self.slot.state)
+    u = u if self.scale == 1 else self.scale * u
     # Selected in the leaf's own layout: XLA folds a transpose into the product that makes
     # u, but not with a select between them.
     u = jnp.where(spread(self.ok, self.plan), from_matrix(u, self.plan), 0)
@@ -72,14 +75,14 @@ class Stack(NamedTuple):
 
 
 def examine(
-  rule: MatrixTransform, plan: LeafPlan, leaf: jax.Array, slot: Slot
+  rule: MatrixTransform, plan: LeafPlan, leaf: jax.Array, slot: Slot, scale: float
 ) -> Stack:
   """A `Stack` whose flags tell which gradients are good."""
   assert plan.axes is not None
   _, ins, outs = plan.axes
   # In the leaf's own layout: a transposed one would be written out for this alone.
   most = largest(leaf, (*ins, *outs))
-  return Stack(rule, plan, leaf, slot, most < LARGEST, most > 0)
+  return Stack(rule, plan, leaf, slot, most < LARGEST, most > 0, scale)
 
 
 def init_slot(rule: MatrixTransform, plan: LeafPlan, x: Any) -> Slot:
@@ -131,8 +134,9 @@ def _refresh_leaf(s: Stack, run: jax.Array, step: jax.Array, seed: int) -> tuple
   """(state, done (*stack)) after refreshing those matrices of one leaf that are due."""
   refresh = s.rule.refresh
   assert refresh is not None
-  key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(s.plan.path.encode()))
-  keys = jax.random.split(jax.random.fold_in(key, step), s.plan.stack)
+  keys = jax.random.split(
+    jax.random.fold_in(stream(seed, s.plan.path), step), s.plan.stack
+  )
 
   def one(run: jax.Array, key: jax.Array, g: jax.Array, state: Any) -> tuple:
     new, good = refresh(key, g, state)
@@ -153,6 +157,16 @@ def _refresh_leaf(s: Stack, run: jax.Array, step: jax.Array, seed: int) -> tuple
   some = lambda *args: jax.lax.map(each, args)
   out = jax.lax.cond(jnp.any(run), some, jax.vmap(idle), *flat)
   return jax.tree.map(lambda x: x.reshape(*s.plan.stack, *x.shape[1:]), out)
+
+
+def stream(seed: int, path: str) -> jax.Array:
+  """A random key of its own for each leaf path."""
+  # Two words of a cryptographic hash: no two paths share them, as they may a checksum.
+  digest = hashlib.sha256(path.encode()).digest()
+  key = jax.random.key(seed)
+  for word in (digest[:4], digest[4:8]):
+    key = jax.random.fold_in(key, int.from_bytes(word, 'big'))
+  return key
 
 
 def phases(stacks: list[tuple[int, ...]]) -> list[jax.Array]:

@@ -1,7 +1,7 @@
 r"""What the inner state becomes when the basis changes.
 
-A transport is `(change, inner_state) -> inner_state`; `change()` gives
-:math:`C = P_{new}^\top P_{old}` (r, r).
+A transport is `(change, inner_state) -> inner_state`; `change` multiplies by
+:math:`C = P_{new}^\top P_{old}` (r, r), see `lrjax.types.Change`.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Change = Callable[[], jax.Array]
+from lrjax.checks import finite
+from lrjax.roles import map_moments
+from lrjax.types import Change
 
 
 def keep(change: Change, inner: Any) -> Any:
@@ -25,34 +27,77 @@ def reset(change: Change, inner: Any) -> Any:
 
 def rotate_abs(change: Change, inner: Any) -> Any:
   """First moments `C mu`, second moments `|C nu|` (DCT-AdamW)."""
-  C = change()
-  return _moments(inner, lambda mu: C @ mu, lambda nu: jnp.abs(C @ nu))
+  return _moments(inner, change.rotate, lambda nu: jnp.abs(change.rotate(nu)))
 
 
 def rotate_square(change: Change, inner: Any) -> Any:
   """First moments `C mu`, second moments `(C*C) nu`, exact for independent entries."""
-  C = change()
-  return _moments(inner, lambda mu: C @ mu, lambda nu: jnp.square(C) @ nu)
+  return _moments(inner, change.rotate, change.square)
 
 
 NAMES = dict(keep=keep, reset=reset, rotate_abs=rotate_abs, rotate=rotate_square)
 
 
+def projection_aware(b1: float = 0.9, b2: float = 0.999) -> Callable:
+  r"""Rotates Adam's moments as the statistics they estimate (LDAdam).
+
+  .. math::
+    V \leftarrow c_2 \left| (C * C)(V / c_2 - (M / c_1)^2) + (C M / c_1)^2 \right|,
+    \quad M \leftarrow C M, \quad c_i = 1 - b_i^t
+
+  after t updates: variances rotate by squares, and the squared mean is added again.
+
+  Args:
+    b1: decay of the inner optimizer's first moment.
+    b2: decay of its second moment.
+
+  Returns:
+    A transport for inner states with `count`, `mu` and `nu`; others raise ValueError.
+  """
+  finite('b1', b1, below=1.0)
+  finite('b2', b2, below=1.0)
+
+  def rotate(change: Change, inner: Any) -> Any:
+    if not all(hasattr(inner, name) for name in ('count', 'mu', 'nu')):
+      raise ValueError(
+        f'projection_aware needs an inner state with `count`, `mu` and `nu`, such as'
+        f' that of lrjax.adam, got {type(inner).__name__}; use transport=keep or reset'
+      )
+    mu, nu = rotate_adam(change, inner.mu, inner.nu, inner.count, b1, b2)
+    store = lambda new, old: new.astype(old.dtype)
+    return inner._replace(mu=store(mu, inner.mu), nu=store(nu, inner.nu))
+
+  return rotate
+
+
+def rotate_adam(
+  change: Change,
+  mu: jax.Array,
+  nu: jax.Array,
+  count: jax.Array,
+  b1: float,
+  b2: float,
+) -> tuple[jax.Array, jax.Array]:
+  """The formula of `projection_aware` on bare moments (r, k) after `count` updates."""
+  # Before the first update both moments are zero and so is the result.
+  c1, c2 = (1 - b ** jnp.maximum(count, 1) for b in (b1, b2))
+  turned = change.rotate(mu)
+  variance = change.square(nu / c2 - jnp.square(mu / c1))
+  return turned, c2 * jnp.abs(variance + jnp.square(turned / c1))
+
+
 def _moments(inner: Any, on_mu: Callable, on_nu: Callable) -> Any:
-  """Maps the moments of every named tuple inside an optax state."""
-  maps = {'mu': on_mu, 'trace': on_mu, 'nu': on_nu}
-  found: list[str] = []
+  """Maps the moments of an inner state; at least one must be there."""
+  found = []
 
-  def visit(s: Any) -> Any:
-    if not hasattr(s, '_fields'):
-      return tuple(map(visit, s)) if isinstance(s, tuple) else s
-    new = {k: visit(v) for k, v in s._asdict().items()}
-    for k in new.keys() & maps.keys():
-      found.append(k)
-      new[k] = maps[k](new[k]).astype(new[k].dtype)
-    return s._replace(**new)
+  def noted(f: Callable) -> Callable:
+    def apply(x: jax.Array) -> jax.Array:
+      found.append(x)
+      return f(x).astype(x.dtype)
 
-  out = visit(inner)
+    return apply
+
+  out = map_moments(inner, noted(on_mu), noted(on_nu))
   if not found:
     raise ValueError(
       f'rotating needs an inner state with moments `mu`, `nu` or `trace` (r, k), got'

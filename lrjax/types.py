@@ -38,6 +38,8 @@ class MatrixTransform(NamedTuple):
       before `update` when due; the bool says whether it succeeded.
     batched: True when all matrices are due together, so that a stack of them is
       refreshed by one batched factorisation; False loops over those that are due.
+    subspace: `(state, d) -> P (d, r)`, where updates come from, for diagnostics; None
+      where there is no single P.
   """
 
   init: Callable
@@ -45,6 +47,19 @@ class MatrixTransform(NamedTuple):
   due: Callable | None = None
   refresh: Callable | None = None
   batched: bool = True
+  subspace: Callable | None = None
+
+
+class Change(NamedTuple):
+  """A change of basis: products with :math:`C = P_{new}^\\top P_{old}` (r, r).
+
+  Attributes:
+    rotate: `x (r, k) -> C x`.
+    square: `x (r, k) -> (C * C) x`.
+  """
+
+  rotate: Callable
+  square: Callable
 
 
 class Basis(NamedTuple):
@@ -56,7 +71,10 @@ class Basis(NamedTuple):
       factorisation is told by a non-finite `b`, which the loop then refuses.
     down: `(b, g (d, k)) -> (r, k)`.
     up: `(b, low (r, k), d) -> (d, k)`.
-    matrix: `(b, d) -> P (d, r)`, for transports; None where there is no single P.
+    matrix: `(b, d) -> P (d, r)`, for transports, policies that measure overlap, and
+      diagnostics; None where there is no single P.
+    change: `(b_old, b_new, d) -> Change`; None: products with the two P.
+    orthonormal: whether `up(down(g))` is a projection, up to rounding.
   """
 
   init: Callable
@@ -64,6 +82,8 @@ class Basis(NamedTuple):
   down: Callable
   up: Callable
   matrix: Callable | None = None
+  change: Callable | None = None
+  orthonormal: bool = True
 
 
 class Refresh(NamedTuple):
@@ -72,7 +92,8 @@ class Refresh(NamedTuple):
   Attributes:
     init: `() -> s`.
     due: `(s, step, phase) -> bool[]`, see `MatrixTransform.due`.
-    after: `(s, P_old (d, r), P_new (d, r)) -> s`.
+    after: `(s, P_old (d, r), P_new (d, r)) -> s`; both are None where the basis has no
+      single P, and a policy that needs one raises ValueError.
     batched: whether all matrices of a tree are due together.
   """
 
@@ -89,11 +110,13 @@ class Residual(NamedTuple):
     init: `(g (d, k)) -> s`.
     before: `(g, s) -> g`, ahead of the projection.
     after: `(g, low (r, k), u (r, k), up, s) -> (update (d, k), s)`.
+    projects: whether it relies on `up(down(g))` being a projection.
   """
 
   init: Callable
   before: Callable
   after: Callable
+  projects: bool = False
 
 
 class Codec(NamedTuple):

@@ -54,10 +54,15 @@ class LeafPlan(NamedTuple):
   @property
   def matrix(self) -> tuple[int, int]:
     """(d, k): the compressed side and the other one."""
+    return self.fans if self.side == 'in' else self.fans[::-1]
+
+  @property
+  def fans(self) -> tuple[int, int]:
+    """(fan_in, fan_out) of each matrix."""
     assert self.axes is not None
     _, ins, outs = self.axes
     size = lambda axes: math.prod(self.shape[a] for a in axes)
-    return (size(ins), size(outs)) if self.side == 'in' else (size(outs), size(ins))
+    return size(ins), size(outs)
 
 
 def leaf_path(path: Sequence[Any]) -> str:

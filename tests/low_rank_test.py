@@ -127,6 +127,44 @@ def test_two_sided_projects_from_both_sides():
   assert state.slots['w'].state.basis.right.shape == (9, 2)
 
 
+def test_two_sided_momentum_of_full_rank_rotates_to_plain_momentum():
+  grads = gradients({'w': (5, 7)}, 4)
+  tx = lifted(
+    lrjax.two_sided(lrjax.svd(99)),
+    optax.trace(0.9),
+    refresh=lrjax.every(2),
+    transport=lrjax.rotate_square,
+  )
+  # On the side of 7 five directions are kept, which hold every gradient if they turn
+  # within one space.
+  grads = [{'w': g['w'] @ grads[0]['w'].T @ grads[0]['w']} for g in grads]
+  out, _ = trajectory(tx, grads[0], grads)
+  want, _ = trajectory(optax.trace(0.9), grads[0], grads)
+  for u, w in zip(out, want):
+    np.testing.assert_allclose(u['w'], w['w'], atol=1e-5)
+
+
+def test_a_basis_for_another_side_is_refused_at_init():
+  svd = lrjax.svd(2)
+  narrow = svd._replace(up=lambda p, low, d: p[:-1] @ low)
+  tx = lifted(narrow, optax.identity())
+  with pytest.raises(ValueError, match=r'does not fit .* \(4, 6\).* back to \(3, 6\)'):
+    tx.init({'w': matrix((4, 6))})
+
+
+def test_bias_correction_follows_the_sum():
+  grads = gradients({'w': (4, 6)}, 3)
+
+  def run(bias_correction, wrap):
+    inner = lrjax.adam(bias_correction=bias_correction)
+    rule = lambda rank: wrap(lrjax.low_rank(lrjax.svd(2), inner))
+    return trajectory(lrjax.on_matrices(rule, rank=2), grads[0], grads)[0]
+
+  out = run('none', lambda tx: lrjax.bias_corrected(tx, 0.9, 0.999))
+  for u, w in zip(out, run('step', lambda tx: tx)):
+    np.testing.assert_allclose(u['w'], w['w'], rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize('scale', [0.0, 0.25, 4.0])
 def test_drop_scales_the_update(scale):
   g = {'w': matrix((4, 6))}
@@ -148,7 +186,10 @@ def test_an_inner_that_needs_parameters_is_refused_at_construction(inner):
 def test_parts_that_do_not_fit_are_refused_at_construction():
   adam, svd = lrjax.adam(), lrjax.svd(2)
   with pytest.raises(ValueError, match='one matrix P; use transport=keep or reset'):
-    lrjax.low_rank(lrjax.two_sided(svd), adam, transport=lrjax.rotate_square)
+    lrjax.low_rank(svd._replace(matrix=None), adam, transport=lrjax.rotate_square)
+  with pytest.raises(ValueError, match='orthonormal basis; a random sketch is none'):
+    sketch = svd._replace(orthonormal=False)
+    lrjax.low_rank(sketch, adam, residual=lrjax.error_feedback())
   with pytest.raises(ValueError, match='moments `mu`, `nu` or `trace`'):
     lrjax.low_rank(svd, lrjax.factored_rms(), transport=lrjax.rotate_abs)
   with pytest.raises(TypeError, match=r'optax.GradientTransformation, got .adam'):

@@ -1,5 +1,6 @@
 """The lift, with a rule that only counts."""
 
+import zlib
 from typing import NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ from samples import matrix
 
 import lrjax
 from lrjax.matrices import Slot, nodes
+from lrjax.stacks import stream
 from lrjax.types import MatrixTransform
 
 
@@ -200,3 +202,19 @@ def test_a_first_state_can_be_donated():
   _, state = update(grads, tx.init(grads))
   _, state = update(grads, state)
   assert int(state[0].count) == 2
+
+
+def test_fan_scale_sees_in_and_out_whichever_side_is_compressed():
+  params = {'a': {'kernel': jnp.ones((4, 6))}, 'b': {'kernel': jnp.ones((2, 6, 4))}}
+  rule = lambda rank: MatrixTransform(lambda g: (), lambda g, s: (g, s))
+  tx = lrjax.on_matrices(rule, fan_scale=lambda fan_in, fan_out: fan_out / fan_in)
+  u, _ = tx.update(params, tx.init(params))
+  np.testing.assert_allclose(u['a']['kernel'], 1.5, rtol=1e-6)
+  np.testing.assert_allclose(u['b']['kernel'], 4 / 6, rtol=1e-6)
+
+
+def test_no_two_paths_share_random_numbers():
+  # These two words have one and the same crc32.
+  a, b = stream(0, 'plumless'), stream(0, 'buckeroo')
+  assert zlib.crc32(b'plumless') == zlib.crc32(b'buckeroo')
+  assert not jnp.array_equal(jax.random.key_data(a), jax.random.key_data(b))

@@ -8,16 +8,21 @@ from samples import matrix
 
 import lrjax
 from lrjax import transports
+from lrjax.low_rank import dense_change
 from lrjax.moments import AdamState
+from lrjax.types import Change
 
 C = np.asarray(matrix((3, 3)))
 MU, NU = np.asarray(matrix((3, 5), 1)), np.square(matrix((3, 5), 2))
 ADAM = AdamState(jnp.int32(7), jnp.asarray(MU), jnp.asarray(NU))
-change = lambda: jnp.asarray(C)
+change = dense_change(jnp.eye(3), jnp.asarray(C).T)
 
 
-def unused():
+def paid(x):
   raise AssertionError('keep and reset must not pay for the change of basis')
+
+
+unused = Change(paid, paid)
 
 
 def test_keep_and_reset():
@@ -41,7 +46,7 @@ def test_rotations(transport, nu):
 
 @pytest.mark.parametrize('transport', [lrjax.rotate_square, lrjax.rotate_abs])
 def test_no_change_of_basis_changes_no_moment(transport):
-  out = transport(lambda: jnp.eye(3), ADAM)
+  out = transport(dense_change(jnp.eye(3), jnp.eye(3)), ADAM)
   np.testing.assert_array_equal(out.mu, ADAM.mu)
   np.testing.assert_array_equal(out.nu, ADAM.nu)
 
@@ -75,3 +80,36 @@ def test_states_without_moments_are_refused():
 def test_every_name_is_a_function():
   assert transports.NAMES['rotate'] is lrjax.rotate_square
   assert set(transports.NAMES) == {'keep', 'reset', 'rotate', 'rotate_abs'}
+
+
+def test_projection_aware_is_the_formula_of_ldadam():
+  t, b1, b2 = 7, 0.908, 0.99
+  c1, c2 = 1 - b1**t, 1 - b2**t
+  turned = C.astype(float) @ MU
+  variance = np.square(C.astype(float)) @ (NU / c2 - np.square(MU / c1))
+  out = lrjax.projection_aware(b1, b2)(change, ADAM)
+  np.testing.assert_allclose(out.mu, turned, rtol=1e-5, atol=1e-6)
+  # The difference of two terms of size 10: relative to those, 1e-6.
+  want = c2 * np.abs(variance + np.square(turned / c1))
+  np.testing.assert_allclose(out.nu, want, rtol=1e-4, atol=1e-5)
+  assert int(out.count) == t
+
+
+def test_projection_aware_moves_a_permutation_exactly():
+  P = jnp.asarray([[0.0, -1, 0], [0, 0, 1], [1, 0, 0]])
+  out = lrjax.projection_aware()(dense_change(jnp.eye(3), P.T), ADAM)
+  np.testing.assert_array_equal(out.mu, P @ MU)
+  np.testing.assert_allclose(out.nu, jnp.abs(P) @ NU, rtol=1e-4)
+
+
+def test_projection_aware_before_the_first_update_keeps_zeros():
+  start = AdamState(jnp.int32(0), jnp.zeros((3, 5)), jnp.zeros((3, 5)))
+  out = lrjax.projection_aware()(change, start)
+  assert not out.mu.any()
+  assert not out.nu.any()
+
+
+def test_projection_aware_needs_a_count_and_two_moments():
+  state = optax.scale_by_lion().init(jnp.asarray(MU))
+  with pytest.raises(ValueError, match=r'`count`, `mu` and `nu`.*ScaleByLionState'):
+    lrjax.projection_aware()(change, state)

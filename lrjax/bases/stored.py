@@ -1,7 +1,5 @@
 """A basis kept in another form than it is used in."""
 
-import jax
-
 from lrjax.types import Basis, Codec
 
 
@@ -21,19 +19,13 @@ def stored_as(basis: Basis, codec: Codec) -> Basis:
   dtype(bfloat16)
   """
   decode, encode = codec.decode, codec.encode
-  matrix = basis.matrix
+  matrix, change = basis.matrix, basis.change
   return Basis(
     init=lambda d, k, dtype: encode(basis.init(d, k, dtype)),
     fit=lambda key, g, b: encode(basis.fit(key, g, decode(b))),
     down=lambda b, g: basis.down(decode(b), g),
     up=lambda b, low, d: basis.up(decode(b), low, d),
-    matrix=None if matrix is None else _matrix_of(basis, codec),
+    matrix=None if matrix is None else lambda b, d: matrix(decode(b), d),
+    change=None if change is None else lambda a, b, d: change(decode(a), decode(b), d),
+    orthonormal=basis.orthonormal,
   )
-
-
-def _matrix_of(basis: Basis, codec: Codec):
-  def matrix(b, d: int) -> jax.Array:
-    assert basis.matrix is not None
-    return basis.matrix(codec.decode(b), d)
-
-  return matrix

@@ -3,8 +3,9 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from lrjax.types import Basis
+from lrjax.types import Basis, Change
 
 
 class TwoSided(NamedTuple):
@@ -21,10 +22,10 @@ def two_sided(basis: Basis) -> Basis:
     basis: finds U from G and V from its transpose.
 
   Returns:
-    A `Basis` with no single P: transports that rotate moments do not fit it.
+    A `Basis` with no single P: policies that measure overlap do not fit it.
 
   Raises:
-    ValueError: if `basis` is two-sided itself.
+    ValueError: if `basis` does not keep one matrix P (d, r).
 
   >>> import jax.numpy as jnp, lrjax
   >>> b = two_sided(lrjax.svd(2))
@@ -33,8 +34,10 @@ def two_sided(basis: Basis) -> Basis:
   (2, 2)
   """
   matrix = basis.matrix
-  if matrix is None:
-    raise ValueError('two_sided needs a basis with one matrix P, such as lrjax.svd')
+  if matrix is None or basis.change is not None:
+    raise ValueError('two_sided needs a basis that keeps a matrix P, such as lrjax.svd')
+
+  right = lambda b: matrix(b.right, 0)
 
   def init(d: int, k: int, dtype: Any) -> TwoSided:
     return TwoSided(basis.init(d, k, dtype), basis.init(k, d, dtype))
@@ -47,7 +50,10 @@ def two_sided(basis: Basis) -> Basis:
     return basis.down(b.right, basis.down(b.left, g).T).T
 
   def up(b: TwoSided, low: jax.Array, d: int) -> jax.Array:
-    k = len(matrix(b.right, 0))
-    return basis.up(b.right, basis.up(b.left, low, d).T, k).T
+    return basis.up(b.right, basis.up(b.left, low, d).T, len(right(b))).T
 
-  return Basis(init, fit, down, up, None)
+  def change(old: TwoSided, new: TwoSided, d: int) -> Change:
+    C, D = matrix(new.left, d).T @ matrix(old.left, d), right(new).T @ right(old)
+    return Change(lambda x: C @ x @ D.T, lambda x: jnp.square(C) @ x @ jnp.square(D).T)
+
+  return Basis(init, fit, down, up, change=change, orthonormal=basis.orthonormal)

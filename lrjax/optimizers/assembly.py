@@ -1,13 +1,121 @@
 """What every ready-to-use optimizer adds to its rule."""
 
-from typing import Any
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ParamSpec, Protocol, TypedDict, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from lrjax.checks import finite
-from lrjax.matrices import MatricesState, nodes
+from lrjax.matrices import MatricesState, nodes, on_matrices
+from lrjax.views import Where
+
+P = ParamSpec('P')
+T = TypeVar('T')
+
+
+class Lift(TypedDict, total=False):
+  """Keywords that every `scale_by_*` hands to `lrjax.on_matrices`; see there."""
+
+  side: str
+  where: Where | None
+  weight_dimension_numbers: Any
+  seed: int
+  guard: str
+  diagnostics: int | None
+
+
+class Ready(Protocol):
+  """What `ready` returns."""
+
+  def __call__(
+    self,
+    learning_rate: optax.ScalarOrSchedule,
+    *args: Any,
+    weight_decay: float = 0.0,
+    mask: Any = None,
+    **kwargs: Any,
+  ) -> optax.GradientTransformationExtraArgs: ...
+
+
+def lifted(scale_by: Callable[P, T]) -> Callable[P, T]:
+  """Spells `**lift: Unpack[Lift]` out in a function's signature, with defaults.
+
+  `optax.inject_hyperparams` and configs read signatures; docs and errors gain too.
+  """
+  signature = inspect.signature(scale_by)
+  own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+  known = inspect.signature(on_matrices).parameters
+  more = [known[name] for name in Lift.__annotations__ if name in known]
+  more = [p for p in more if p.name not in signature.parameters]
+  spelled = signature.replace(parameters=[*own, *more])
+
+  @functools.wraps(scale_by)
+  def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+    spelled.bind(*args, **kwargs)
+    return scale_by(*args, **kwargs)
+
+  checked.__signature__ = spelled  # pyrefly: ignore
+  return checked
+
+
+def ready(scale_by: Callable[..., optax.GradientTransformation]) -> Ready:
+  """The optimizer `x` of a rule `scale_by_x`: decoupled weight decay, learning rate.
+
+  Args:
+    scale_by: makes the rule; its name starts with `scale_by_`.
+
+  Returns:
+    `x(learning_rate, <arguments of scale_by>, weight_decay=0.0, mask=None)`, whose
+    learning rate is a number or a schedule, whose weight decay acts in full space times
+    the learning rate, on the leaves that `mask` chooses. Under
+    `optax.inject_hyperparams` name ints that fix shapes, and functions that are no
+    schedules, in `static_args`.
+  """
+  signature = inspect.signature(scale_by)
+  name = scale_by.__name__.removeprefix('scale_by_')
+
+  def make(
+    learning_rate: optax.ScalarOrSchedule,
+    *args: Any,
+    weight_decay: float = 0.0,
+    mask: Any = None,
+    **kwargs: Any,
+  ) -> optax.GradientTransformationExtraArgs:
+    return assemble(scale_by(*args, **kwargs), learning_rate, weight_decay, mask)
+
+  plain, keyword = (
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    inspect.Parameter.KEYWORD_ONLY,
+  )
+  before = [inspect.Parameter('learning_rate', plain)]
+  after = [
+    inspect.Parameter('weight_decay', keyword, default=0.0),
+    inspect.Parameter('mask', keyword, default=None),
+  ]
+  make.__name__ = make.__qualname__ = name
+  make.__module__ = scale_by.__module__
+  make.__signature__ = signature.replace(  # pyrefly: ignore
+    parameters=[*before, *signature.parameters.values(), *after]
+  )
+  first = (scale_by.__doc__ or '').partition('\n')[0]
+  make.__doc__ = f"""{first}
+
+  Ready to use: `{scale_by.__name__}`, decoupled weight decay, learning rate.
+
+  Args:
+    learning_rate: a number or a schedule.
+    weight_decay: strength of decoupled decay, in full space, times the learning rate.
+    mask: which leaves decay: a tree of bools or a function from params to one.
+    others: see `{scale_by.__name__}`.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs`.
+  """
+  return make
 
 
 def assemble(

@@ -32,6 +32,7 @@ def scale_by_galore(
   where: Where | None = None,
   seed: int = 0,
   guard: str = 'tree',
+  diagnostics: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Runs an optimizer on rank-r projections of the gradients of matrices.
 
@@ -66,6 +67,7 @@ def scale_by_galore(
     where: which leaves are projected.
     seed: of random numbers.
     guard: what a bad gradient holds back.
+    diagnostics: measure the subspaces every so many steps.
 
   Returns:
     An `optax.GradientTransformationExtraArgs`, without learning rate.
@@ -105,6 +107,7 @@ def scale_by_galore(
     rest=inner,
     seed=seed,
     guard=guard,
+    diagnostics=diagnostics,
   )
 
 
@@ -126,6 +129,7 @@ def galore(
   where: Where | None = None,
   seed: int = 0,
   guard: str = 'tree',
+  diagnostics: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """GaLore, ready to use: `scale_by_galore`, decoupled weight decay, learning rate.
 
@@ -151,6 +155,7 @@ def galore(
     where: see there.
     seed: see there.
     guard: see there.
+    diagnostics: see there.
 
   Returns:
     An `optax.GradientTransformationExtraArgs`.
@@ -179,5 +184,6 @@ def galore(
     where=where,
     seed=seed,
     guard=guard,
+    diagnostics=diagnostics,
   )
   return assemble(rule, learning_rate, weight_decay, mask)
