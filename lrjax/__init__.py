@@ -3,6 +3,7 @@
 # Bases: how a subspace is found.
 from lrjax.bases import (
   eigh,
+  random_orthogonal,
   randomized_svd,
   stored_as,
   subspace_iteration,
@@ -81,6 +82,7 @@ __all__ = [
   'low_rank',
   'on_matrices',
   'projection_aware',
+  'random_orthogonal',
   'randomized_svd',
   'reset',
   'rotate_abs',

@@ -1,12 +1,14 @@
 """How a subspace is found: each basis is a `lrjax.types.Basis`."""
 
 from lrjax.bases.orthonormal import eigh, randomized_svd, subspace_iteration, svd
+from lrjax.bases.random_orthogonal import random_orthogonal
 from lrjax.bases.stored import stored_as
 from lrjax.bases.two_sided import two_sided
 
 NAMES = dict(
   svd=svd,
   eigh=eigh,
+  random_orthogonal=random_orthogonal,
   randomized_svd=randomized_svd,
   subspace_iteration=subspace_iteration,
 )
@@ -14,6 +16,7 @@ NAMES = dict(
 __all__ = [
   'NAMES',
   'eigh',
+  'random_orthogonal',
   'randomized_svd',
   'stored_as',
   'subspace_iteration',
