@@ -3,6 +3,7 @@
 # Bases: how a subspace is found.
 from lrjax.bases import (
   eigh,
+  gaussian,
   random_orthogonal,
   randomized_svd,
   stored_as,
@@ -32,7 +33,7 @@ from lrjax.optimizers.galore import galore, scale_by_galore
 
 # The remaining parts of the loop.
 from lrjax.refreshes import every
-from lrjax.residuals import drop, error_feedback
+from lrjax.residuals import drop, error_feedback, scale_full
 from lrjax.sharding import state_specs
 from lrjax.transports import keep, projection_aware, reset, rotate_abs, rotate_square
 
@@ -74,6 +75,7 @@ __all__ = [
   'every',
   'factored_rms',
   'galore',
+  'gaussian',
   'health',
   'hidden_kernels',
   'int8',
@@ -88,6 +90,7 @@ __all__ = [
   'rotate_abs',
   'rotate_square',
   'scale_by_galore',
+  'scale_full',
   'state_specs',
   'stored_as',
   'subspace_iteration',

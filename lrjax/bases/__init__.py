@@ -1,5 +1,6 @@
 """How a subspace is found: each basis is a `lrjax.types.Basis`."""
 
+from lrjax.bases.gaussian import gaussian
 from lrjax.bases.orthonormal import eigh, randomized_svd, subspace_iteration, svd
 from lrjax.bases.random_orthogonal import random_orthogonal
 from lrjax.bases.stored import stored_as
@@ -8,6 +9,7 @@ from lrjax.bases.two_sided import two_sided
 NAMES = dict(
   svd=svd,
   eigh=eigh,
+  gaussian=gaussian,
   random_orthogonal=random_orthogonal,
   randomized_svd=randomized_svd,
   subspace_iteration=subspace_iteration,
@@ -16,6 +18,7 @@ NAMES = dict(
 __all__ = [
   'NAMES',
   'eigh',
+  'gaussian',
   'random_orthogonal',
   'randomized_svd',
   'stored_as',

@@ -1,4 +1,4 @@
-"""What becomes of the part of a gradient that the subspace misses."""
+"""Residuals that keep the gradient's own scale: dropped, or fed back."""
 
 from collections.abc import Callable
 from typing import Any
