@@ -30,6 +30,10 @@ from lrjax.moments import adam, factored_rms
 
 # Optimizers.
 from lrjax.optimizers.galore import galore, scale_by_galore
+from lrjax.optimizers.online_subspace_descent import (
+  online_subspace_descent,
+  scale_by_online_subspace_descent,
+)
 
 # The remaining parts of the loop.
 from lrjax.refreshes import every
@@ -83,6 +87,7 @@ __all__ = [
   'layerwise',
   'low_rank',
   'on_matrices',
+  'online_subspace_descent',
   'projection_aware',
   'random_orthogonal',
   'randomized_svd',
@@ -90,6 +95,7 @@ __all__ = [
   'rotate_abs',
   'rotate_square',
   'scale_by_galore',
+  'scale_by_online_subspace_descent',
   'scale_full',
   'state_specs',
   'stored_as',

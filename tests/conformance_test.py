@@ -24,6 +24,9 @@ METHODS = {
   ),
   'galore_bf16_basis': lrjax.scale_by_galore(**SMALL, basis_dtype=jnp.bfloat16),
   'galore_decayed': lrjax.galore(1e-2, **SMALL, weight_decay=0.1),
+  'online_subspace_descent': lrjax.scale_by_online_subspace_descent(
+    **SMALL, retract_every=3
+  ),
 }
 # Staggering spreads refreshes over the tree at hand and random bases draw per slice, so a
 # stack is meant to differ from its slices taken alone.
