@@ -9,6 +9,7 @@ from lrjax.bases import (
   stored_as,
   subspace_iteration,
   svd,
+  switched,
   two_sided,
 )
 
@@ -30,6 +31,7 @@ from lrjax.moments import adam, factored_rms
 
 # Optimizers.
 from lrjax.optimizers.galore import galore, scale_by_galore
+from lrjax.optimizers.golore import golore, scale_by_golore
 from lrjax.optimizers.online_subspace_descent import (
   online_subspace_descent,
   scale_by_online_subspace_descent,
@@ -39,7 +41,14 @@ from lrjax.optimizers.online_subspace_descent import (
 from lrjax.refreshes import every
 from lrjax.residuals import drop, error_feedback, scale_full
 from lrjax.sharding import state_specs
-from lrjax.transports import keep, projection_aware, reset, rotate_abs, rotate_square
+from lrjax.transports import (
+  keep,
+  projection_aware,
+  reset,
+  rotate_abs,
+  rotate_first,
+  rotate_square,
+)
 
 # The values parts exchange.
 from lrjax.types import (
@@ -80,6 +89,7 @@ __all__ = [
   'factored_rms',
   'galore',
   'gaussian',
+  'golore',
   'health',
   'hidden_kernels',
   'int8',
@@ -93,13 +103,16 @@ __all__ = [
   'randomized_svd',
   'reset',
   'rotate_abs',
+  'rotate_first',
   'rotate_square',
   'scale_by_galore',
+  'scale_by_golore',
   'scale_by_online_subspace_descent',
   'scale_full',
   'state_specs',
   'stored_as',
   'subspace_iteration',
   'svd',
+  'switched',
   'two_sided',
 ]

@@ -24,13 +24,14 @@ METHODS = {
   ),
   'galore_bf16_basis': lrjax.scale_by_galore(**SMALL, basis_dtype=jnp.bfloat16),
   'galore_decayed': lrjax.galore(1e-2, **SMALL, weight_decay=0.1),
+  'golore': lrjax.scale_by_golore(**SMALL, random_after=1),
   'online_subspace_descent': lrjax.scale_by_online_subspace_descent(
     **SMALL, retract_every=3
   ),
 }
 # Staggering spreads refreshes over the tree at hand and random bases draw per slice, so a
 # stack is meant to differ from its slices taken alone.
-EXEMPT = {('galore_randomized_staggered', 'stacks')}
+EXEMPT = {('galore_randomized_staggered', 'stacks'), ('golore', 'stacks')}
 
 
 @pytest.mark.parametrize('check', testing.CHECKS, ids=lambda c: c.__name__)

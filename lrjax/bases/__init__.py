@@ -4,6 +4,7 @@ from lrjax.bases.gaussian import gaussian
 from lrjax.bases.orthonormal import eigh, randomized_svd, subspace_iteration, svd
 from lrjax.bases.random_orthogonal import random_orthogonal
 from lrjax.bases.stored import stored_as
+from lrjax.bases.switched import switched
 from lrjax.bases.two_sided import two_sided
 
 NAMES = dict(
@@ -24,5 +25,6 @@ __all__ = [
   'stored_as',
   'subspace_iteration',
   'svd',
+  'switched',
   'two_sided',
 ]
