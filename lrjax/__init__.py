@@ -4,6 +4,7 @@
 from lrjax.bases import (
   eigh,
   gaussian,
+  grassmann,
   random_orthogonal,
   randomized_svd,
   stored_as,
@@ -36,6 +37,7 @@ from lrjax.optimizers.online_subspace_descent import (
   online_subspace_descent,
   scale_by_online_subspace_descent,
 )
+from lrjax.optimizers.subtrack import scale_by_subtrack, subtrack
 
 # The remaining parts of the loop.
 from lrjax.refreshes import every
@@ -90,6 +92,7 @@ __all__ = [
   'galore',
   'gaussian',
   'golore',
+  'grassmann',
   'health',
   'hidden_kernels',
   'int8',
@@ -108,10 +111,12 @@ __all__ = [
   'scale_by_galore',
   'scale_by_golore',
   'scale_by_online_subspace_descent',
+  'scale_by_subtrack',
   'scale_full',
   'state_specs',
   'stored_as',
   'subspace_iteration',
+  'subtrack',
   'svd',
   'switched',
   'two_sided',

@@ -28,6 +28,7 @@ METHODS = {
   'online_subspace_descent': lrjax.scale_by_online_subspace_descent(
     **SMALL, retract_every=3
   ),
+  'subtrack': lrjax.scale_by_subtrack(**SMALL),
 }
 # Staggering spreads refreshes over the tree at hand and random bases draw per slice, so a
 # stack is meant to differ from its slices taken alone.

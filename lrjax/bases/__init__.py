@@ -1,6 +1,7 @@
 """How a subspace is found: each basis is a `lrjax.types.Basis`."""
 
 from lrjax.bases.gaussian import gaussian
+from lrjax.bases.grassmann import grassmann
 from lrjax.bases.orthonormal import eigh, randomized_svd, subspace_iteration, svd
 from lrjax.bases.random_orthogonal import random_orthogonal
 from lrjax.bases.stored import stored_as
@@ -20,6 +21,7 @@ __all__ = [
   'NAMES',
   'eigh',
   'gaussian',
+  'grassmann',
   'random_orthogonal',
   'randomized_svd',
   'stored_as',
