@@ -1,10 +1,20 @@
 """Low-rank training in JAX: one flat public list, grouped by family."""
 
+# Weights in 8 bits.
+from lrjax import int8_weights
+
 # Bases: how a subspace is found.
 from lrjax.bases import (
+  columns,
+  dct,
   eigh,
+<<<<<<< HEAD
   gaussian,
   grassmann,
+=======
+  entries,
+  gaussian,
+>>>>>>> main
   random_orthogonal,
   randomized_svd,
   stored_as,
@@ -15,7 +25,10 @@ from lrjax.bases import (
 )
 
 # Codecs: how arrays are stored.
-from lrjax.codecs import cast, int8
+from lrjax.codecs import affine, cast, dynamic8, int8
+
+# Inner optimizers.
+from lrjax.eight_bit import eight_bit
 
 # What an optimizer does and how it fares.
 from lrjax.inspection import coverage, diagnostics, health
@@ -26,22 +39,49 @@ from lrjax.layerwise import Parts, layerwise
 # The loop and the lift.
 from lrjax.low_rank import bias_corrected, low_rank
 from lrjax.matrices import on_matrices
-
-# Inner optimizers.
 from lrjax.moments import adam, factored_rms
 
 # Optimizers.
+from lrjax.optimizers.apollo import (
+  apollo,
+  apollo_mini,
+  scale_by_apollo,
+  scale_by_apollo_mini,
+)
+from lrjax.optimizers.dct_adamw import dct_adamw, scale_by_dct_adamw
+from lrjax.optimizers.dion import dion, scale_by_dion
+from lrjax.optimizers.fira import fira, scale_by_fira
+from lrjax.optimizers.frugal import frugal, scale_by_frugal
 from lrjax.optimizers.galore import galore, scale_by_galore
+<<<<<<< HEAD
 from lrjax.optimizers.golore import golore, scale_by_golore
 from lrjax.optimizers.online_subspace_descent import (
   online_subspace_descent,
   scale_by_online_subspace_descent,
 )
 from lrjax.optimizers.subtrack import scale_by_subtrack, subtrack
+=======
+from lrjax.optimizers.galore_8bit import galore_8bit, scale_by_galore_8bit
+from lrjax.optimizers.ldadam import ldadam, scale_by_ldadam
+from lrjax.optimizers.owlore import (
+  outlier_ratio,
+  outlier_scores,
+  owlore,
+  scale_by_owlore,
+)
+from lrjax.optimizers.q_galore import q_galore, scale_by_q_galore
+from lrjax.optimizers.trion import scale_by_trion, trion
+
+# Orthogonal factors.
+from lrjax.orthogonalize import newton_schulz, polar
 
 # The remaining parts of the loop.
-from lrjax.refreshes import every
-from lrjax.residuals import drop, error_feedback, scale_full
+from lrjax.refreshes import every, lazy
+from lrjax.residuals import drop, error_feedback, scale_full, state_free
+from lrjax.sampling import sampled_layers
+>>>>>>> main
+
+# The remaining parts of the loop.
 from lrjax.sharding import state_specs
 from lrjax.transports import (
   keep,
@@ -80,44 +120,93 @@ __all__ = [
   'Split',
   'View',
   'adam',
+  'affine',
+  'apollo',
+  'apollo_mini',
   'bias_corrected',
   'cast',
+  'columns',
   'coverage',
+  'dct',
+  'dct_adamw',
   'diagnostics',
+  'dion',
   'drop',
+  'dynamic8',
   'eigh',
+  'eight_bit',
+  'entries',
   'error_feedback',
   'every',
   'factored_rms',
+  'fira',
+  'frugal',
   'galore',
+  'galore_8bit',
   'gaussian',
   'golore',
   'grassmann',
   'health',
   'hidden_kernels',
   'int8',
+  'int8_weights',
   'keep',
+<<<<<<< HEAD
   'layerwise',
+=======
+  'lazy',
+  'ldadam',
+>>>>>>> main
   'low_rank',
+  'newton_schulz',
   'on_matrices',
+<<<<<<< HEAD
   'online_subspace_descent',
   'projection_aware',
+=======
+  'outlier_ratio',
+  'outlier_scores',
+  'owlore',
+  'polar',
+  'projection_aware',
+  'q_galore',
+>>>>>>> main
   'random_orthogonal',
   'randomized_svd',
   'reset',
   'rotate_abs',
   'rotate_first',
   'rotate_square',
+  'sampled_layers',
+  'scale_by_apollo',
+  'scale_by_apollo_mini',
+  'scale_by_dct_adamw',
+  'scale_by_dion',
+  'scale_by_fira',
+  'scale_by_frugal',
   'scale_by_galore',
+<<<<<<< HEAD
   'scale_by_golore',
   'scale_by_online_subspace_descent',
   'scale_by_subtrack',
+=======
+  'scale_by_galore_8bit',
+  'scale_by_ldadam',
+  'scale_by_owlore',
+  'scale_by_q_galore',
+  'scale_by_trion',
+>>>>>>> main
   'scale_full',
+  'state_free',
   'state_specs',
   'stored_as',
   'subspace_iteration',
   'subtrack',
   'svd',
+<<<<<<< HEAD
   'switched',
+=======
+  'trion',
+>>>>>>> main
   'two_sided',
 ]

@@ -53,4 +53,5 @@ def gaussian(rank: int, *, stored: bool = False) -> Basis:
     down=lambda b, g: orthonormal.down(sketch(b, len(g), g.dtype), g),
     up=lambda b, low, d: sketch(b, d, low.dtype) @ low,
     matrix=lambda b, d: sketch(b, d, jnp.float32),
+    orthonormal=False,
   )

@@ -12,6 +12,7 @@ from lrjax.matrices import on_matrices
 from lrjax.moments import adam
 from lrjax.optimizers.assembly import Lift, lifted, ready
 from lrjax.refreshes import every
+from lrjax.residuals.scaled import GRANULARITIES, check_choice
 from lrjax.types import Basis
 
 
@@ -95,6 +96,7 @@ def scale_by_apollo(
   """
   make = named('basis', basis, bases.NAMES)
   transport = named('moments_on_refresh', moments_on_refresh, transports.NAMES)
+  check_choice('scale_type', scale_type, GRANULARITIES)
   residual = residuals.scale_full(
     scale, per=scale_type, growth_limit=growth_limit, front=scale_front, floor=floor
   )

@@ -20,14 +20,14 @@ def fira(
   b2=0.999,
   eps=1e-6,
   growth=1.01,
+  left=None,
 ):
   """The updates, without learning rate, that follow from gradients (in, out)."""
   grads = np.asarray(grads, np.float64)
-  turn = (
-    grads[0].shape[0] > grads[0].shape[1]
-  )  # compress the shorter side, `in` at a tie
+  rows, columns = grads[0].shape
+  left = rows <= columns if left is None else left
   updates, last = [], None
-  for t, g in enumerate(grads.transpose(0, 2, 1) if turn else grads):
+  for t, g in enumerate(grads if left else grads.transpose(0, 2, 1)):
     if t % gap == 0:
       p = positive(np.linalg.svd(g)[0][:, :rank])
     low = p.T @ g
@@ -44,7 +44,7 @@ def fira(
       n = m / (np.sqrt(v) + eps)
       s, last = limit((g - scale * p @ low) * ratio(n, low, per), last, growth)
       u = np.sqrt(c2) / c1 * (scale * p @ n + s)
-    updates.append(u.T if turn else u)
+    updates.append(u if left else u.T)
   return np.stack(updates)
 
 

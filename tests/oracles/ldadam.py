@@ -1,15 +1,20 @@
-"""LDAdam for one matrix in numpy float64, after Algorithm 1 of arXiv 2410.16103."""
+"""LDAdam for one matrix in numpy float64, after Algorithm 1 of arXiv 2410.16103.
+
+Besides the paper: the side rule of the official code, under which square matrices (in, out)
+are compressed along `out`.
+"""
 
 import numpy as np
 
 
 def ldadam(
-  grads, *, rank, feedback=True, rho=0.908, b1=0.908, b2=0.99, eps=1e-8, turn=None
+  grads, *, rank, feedback=True, rho=0.908, b1=0.908, b2=0.99, eps=1e-8, left=None
 ):  # fmt: skip
-  """The updates, without learning rate, of gradients (in, out), and the last error."""
+  """The updates, without learning rate, of gradients (in, out), and the last error (d, k)."""
   grads = np.asarray(grads, np.float64)
-  turn = grads[0].shape[0] > grads[0].shape[1] if turn is None else turn
-  grads = grads.transpose(0, 2, 1) if turn else grads
+  rows, columns = grads[0].shape
+  left = rows < columns if left is None else left
+  grads = grads if left else grads.transpose(0, 2, 1)
   d, k = grads[0].shape
   m, v, error = np.zeros((rank, k)), np.zeros((rank, k)), np.zeros((d, k))
   old, updates = np.zeros((d, rank)), []
@@ -31,6 +36,6 @@ def ldadam(
     m = b1 * moved + (1 - b1) * low
     v = b2 * v + (1 - b2) * low**2
     n = (m / (1 - b1 ** (t + 1))) / (np.sqrt(v / (1 - b2 ** (t + 1))) + eps)
-    updates.append((p @ n).T if turn else p @ n)
+    updates.append(p @ n if left else (p @ n).T)
     old = p
   return np.stack(updates), error
