@@ -8,13 +8,9 @@ from lrjax.bases import (
   columns,
   dct,
   eigh,
-<<<<<<< HEAD
-  gaussian,
-  grassmann,
-=======
   entries,
   gaussian,
->>>>>>> main
+  grassmann,
   random_orthogonal,
   randomized_svd,
   stored_as,
@@ -51,18 +47,16 @@ from lrjax.optimizers.apollo import (
 from lrjax.optimizers.dct_adamw import dct_adamw, scale_by_dct_adamw
 from lrjax.optimizers.dion import dion, scale_by_dion
 from lrjax.optimizers.fira import fira, scale_by_fira
+from lrjax.optimizers.flora import flora, scale_by_flora
 from lrjax.optimizers.frugal import frugal, scale_by_frugal
 from lrjax.optimizers.galore import galore, scale_by_galore
-<<<<<<< HEAD
+from lrjax.optimizers.galore_8bit import galore_8bit, scale_by_galore_8bit
 from lrjax.optimizers.golore import golore, scale_by_golore
+from lrjax.optimizers.ldadam import ldadam, scale_by_ldadam
 from lrjax.optimizers.online_subspace_descent import (
   online_subspace_descent,
   scale_by_online_subspace_descent,
 )
-from lrjax.optimizers.subtrack import scale_by_subtrack, subtrack
-=======
-from lrjax.optimizers.galore_8bit import galore_8bit, scale_by_galore_8bit
-from lrjax.optimizers.ldadam import ldadam, scale_by_ldadam
 from lrjax.optimizers.owlore import (
   outlier_ratio,
   outlier_scores,
@@ -70,6 +64,7 @@ from lrjax.optimizers.owlore import (
   scale_by_owlore,
 )
 from lrjax.optimizers.q_galore import q_galore, scale_by_q_galore
+from lrjax.optimizers.subtrack import scale_by_subtrack, subtrack
 from lrjax.optimizers.trion import scale_by_trion, trion
 
 # Orthogonal factors.
@@ -79,7 +74,6 @@ from lrjax.orthogonalize import newton_schulz, polar
 from lrjax.refreshes import every, lazy
 from lrjax.residuals import drop, error_feedback, scale_full, state_free
 from lrjax.sampling import sampled_layers
->>>>>>> main
 
 # The remaining parts of the loop.
 from lrjax.sharding import state_specs
@@ -140,6 +134,7 @@ __all__ = [
   'every',
   'factored_rms',
   'fira',
+  'flora',
   'frugal',
   'galore',
   'galore_8bit',
@@ -151,26 +146,19 @@ __all__ = [
   'int8',
   'int8_weights',
   'keep',
-<<<<<<< HEAD
   'layerwise',
-=======
   'lazy',
   'ldadam',
->>>>>>> main
   'low_rank',
   'newton_schulz',
   'on_matrices',
-<<<<<<< HEAD
   'online_subspace_descent',
-  'projection_aware',
-=======
   'outlier_ratio',
   'outlier_scores',
   'owlore',
   'polar',
   'projection_aware',
   'q_galore',
->>>>>>> main
   'random_orthogonal',
   'randomized_svd',
   'reset',
@@ -183,19 +171,17 @@ __all__ = [
   'scale_by_dct_adamw',
   'scale_by_dion',
   'scale_by_fira',
+  'scale_by_flora',
   'scale_by_frugal',
   'scale_by_galore',
-<<<<<<< HEAD
-  'scale_by_golore',
-  'scale_by_online_subspace_descent',
-  'scale_by_subtrack',
-=======
   'scale_by_galore_8bit',
+  'scale_by_golore',
   'scale_by_ldadam',
+  'scale_by_online_subspace_descent',
   'scale_by_owlore',
   'scale_by_q_galore',
+  'scale_by_subtrack',
   'scale_by_trion',
->>>>>>> main
   'scale_full',
   'state_free',
   'state_specs',
@@ -203,10 +189,7 @@ __all__ = [
   'subspace_iteration',
   'subtrack',
   'svd',
-<<<<<<< HEAD
   'switched',
-=======
   'trion',
->>>>>>> main
   'two_sided',
 ]

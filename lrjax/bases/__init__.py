@@ -27,13 +27,9 @@ __all__ = [
   'columns',
   'dct',
   'eigh',
-<<<<<<< HEAD
-  'gaussian',
-  'grassmann',
-=======
   'entries',
   'gaussian',
->>>>>>> main
+  'grassmann',
   'random_orthogonal',
   'randomized_svd',
   'stored_as',
