@@ -39,6 +39,7 @@ METHODS = {
   # Without factors of the fans, which a transposed matrix is meant to change.
   'trion': lrjax.scale_by_trion(4, scaling='none'),
   'dion': lrjax.scale_by_dion(4, scaling='none', orth='cholesky_qr'),
+  'flora': lrjax.scale_by_flora(4, 3),
   'golore': lrjax.scale_by_golore(**SMALL, random_after=1),
   'online_subspace_descent': lrjax.scale_by_online_subspace_descent(
     **SMALL, retract_every=3
@@ -52,6 +53,7 @@ EXEMPT = {
   ('apollo', 'stacks'),
   ('apollo_mini', 'stacks'),
   ('frugal', 'stacks'),
+  ('flora', 'stacks'),
   ('golore', 'stacks'),
   # A slice of a stack of layers is no stack of layers.
   ('frugal_blocks', 'stacks'),

@@ -59,7 +59,7 @@ def scale_by_flora(
   the smaller r, the noisier the momentum, but no direction is lost for long.
 
   State per matrix: `r k` floats, two keys of 8 bytes, and the factored second moment of
-  `d + k + 1` floats and one count.
+  `d + k + 1` floats; two counts of 4 bytes.
 
   Choose it where optimizer state must all but vanish, and Adafactor would do.
 
