@@ -4,16 +4,16 @@ Needs torch, bitsandbytes and a checkout of GitHub's BorealisAI/flora-opt at the
 below, named by PYTHONPATH; then `python tests/parity/record_flora.py`. The file it writes
 is data alone; nothing of that code is needed by the tests.
 
-Provenance: 'torch' is class `Flora` of `flora_opt/optimizers/torch/flora.py`, arguments as
-below; 'flax' is `flora` of `flora_opt/optimizers/optax/flora.py`. Sketches are recorded as P
-(compressed side first), in order of use. What is put right or moved here:
+Provenance: 'torch' is class `Flora` of `flora_opt/optimizers/torch/flora.py`, arguments
+as below; 'flax' is `flora` of `flora_opt/optimizers/optax/flora.py`. Sketches are recorded
+as P (compressed side first), in order of use. What is put right or moved here:
 
 - the torch class changes its sketch at steps kappa - 1, 2 kappa - 1, ... counted from 0.
   Its `kappa` is set before each step so that it changes at kappa, 2 kappa, ...
 - the torch file imports accelerate for a class not used here; an empty one stands in.
-- the Flax file calls `jax.tree_map`, which is gone like some of its imports, stores the momentum in bfloat16, for
-  which float32 is given, and re-projects the momentum with the old key on both sides, for
-  which `down_project` is handed the next one there.
+- the Flax file calls `jax.tree_map`, which is gone like some of its imports, stores the
+  momentum in bfloat16, for which float32 is given, and re-projects the momentum with the
+  old key on both sides, for which `down_project` is handed the next one there.
 """
 
 import importlib
