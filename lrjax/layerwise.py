@@ -169,8 +169,9 @@ def layerwise(
     stack, layer_state = whole
     g = jax.tree.map(jnp.add, g_head, pull_embed(dx)[0])
     u, rest_state = rest.update(g, state.rest, others)
-    params = {'layers': stack, **optax.apply_updates(others, u)}
-    return params, LayerwiseState(layer_state, rest_state), loss, aux
+    others: Any = optax.apply_updates(others, u)
+    state = LayerwiseState(layer_state, rest_state)
+    return {'layers': stack, **others}, state, loss, aux
 
   return Layerwise(init, step)
 

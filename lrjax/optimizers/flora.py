@@ -151,6 +151,7 @@ def _compressed_momentum(
     return s._replace(next_sketch=basis.fit(key, g, s.sketch)), jnp.asarray(True)
 
   def update(g: jax.Array, s: FloraState) -> tuple[jax.Array, FloraState]:
+    u: Any
     u, base_state = base.update(g, s.base)
     mixed = b1 * basis.up(s.sketch, s.momentum, len(g)) + (1 - b1) * u
     # Old sketch: P'(b1 P M + ...) is not b1 M + ..., since P'P is not the identity.
@@ -159,7 +160,7 @@ def _compressed_momentum(
     low = jnp.where((s.sketch != s.next_sketch).any(), turned, steady)
     if nesterov:
       mixed = b1 * basis.up(s.next_sketch, low, len(g)) + (1 - b1) * u
-    out, _ = clip.update(mixed, optax.EmptyState())
+    out: Any = clip.update(mixed, optax.EmptyState())[0]
     return out, FloraState(base_state, low, s.next_sketch, s.next_sketch)
 
   return MatrixTransform(init, update, refresh=refresh)

@@ -119,8 +119,7 @@ def _online(
   retract_every: int | None,
 ) -> MatrixTransform:
   """A loop with P (d, r) as its basis, fitted once and then moved by an optimizer."""
-  loop_refresh = loop.refresh
-  assert loop_refresh is not None
+  loop_refresh: Any = loop.refresh
 
   def init(g: Any) -> OnlineState:
     s = loop.init(g)
