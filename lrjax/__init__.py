@@ -68,7 +68,7 @@ from lrjax.optimizers.subtrack import scale_by_subtrack, subtrack
 from lrjax.optimizers.trion import scale_by_trion, trion
 
 # Orthogonal factors.
-from lrjax.orthogonalize import newton_schulz, polar
+from lrjax.orthogonalize import cholesky_qr, newton_schulz, polar
 
 # The remaining parts of the loop.
 from lrjax.refreshes import every, lazy
@@ -119,6 +119,7 @@ __all__ = [
   'apollo_mini',
   'bias_corrected',
   'cast',
+  'cholesky_qr',
   'columns',
   'coverage',
   'dct',

@@ -151,8 +151,8 @@ def _compressed_momentum(
     return s._replace(next_sketch=basis.fit(key, g, s.sketch)), jnp.asarray(True)
 
   def update(g: jax.Array, s: FloraState) -> tuple[jax.Array, FloraState]:
-    u: Any
-    u, base_state = base.update(g, s.base)
+    normalised: Any = base.update(g, s.base)
+    u, base_state = normalised
     mixed = b1 * basis.up(s.sketch, s.momentum, len(g)) + (1 - b1) * u
     # Old sketch: P'(b1 P M + ...) is not b1 M + ..., since P'P is not the identity.
     steady = b1 * s.momentum + (1 - b1) * basis.down(s.next_sketch, u)

@@ -55,8 +55,7 @@ def scale_by_online_subspace_descent(
   P (d, r) starts as the leading singular vectors of the first gradient; there is no
   other SVD. It moves after the update that used it, and the moments in its space are
   left as they are. The official code has no penalty; with it this is the paper's form.
-  Without penalty and retraction P leaves the orthonormal matrices slowly; `lrjax.health`
-  tells how far it is.
+  Without penalty and retraction P slowly ceases to be orthonormal.
 
   State per matrix: `r d` floats of P and, with Adam for both, `2 r d` for its moments and
   `2 r k` for the inner ones; four counts of 4 bytes. About `4 d k r` flops a step more
