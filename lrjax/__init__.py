@@ -3,6 +3,9 @@
 # Weights in 8 bits.
 from lrjax import int8_weights
 
+# Sums over micro-batches.
+from lrjax.accumulation import accumulate_sketches
+
 # Bases: how a subspace is found.
 from lrjax.bases import (
   columns,
@@ -113,6 +116,7 @@ __all__ = [
   'Residual',
   'Split',
   'View',
+  'accumulate_sketches',
   'adam',
   'affine',
   'apollo',
