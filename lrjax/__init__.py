@@ -3,6 +3,9 @@
 # Weights in 8 bits.
 from lrjax import int8_weights
 
+# Sums over micro-batches.
+from lrjax.accumulation import accumulate_sketches
+
 # Bases: how a subspace is found.
 from lrjax.bases import (
   columns,
@@ -10,12 +13,14 @@ from lrjax.bases import (
   eigh,
   entries,
   gaussian,
+  grassmann,
   heaviest,
   random_orthogonal,
   randomized_svd,
   stored_as,
   subspace_iteration,
   svd,
+  switched,
   two_sided,
 )
 
@@ -27,6 +32,9 @@ from lrjax.eight_bit import eight_bit
 
 # What an optimizer does and how it fares.
 from lrjax.inspection import coverage, diagnostics, health
+
+# Updates inside the backward pass.
+from lrjax.layerwise import Parts, layerwise
 
 # The loop and the lift.
 from lrjax.low_rank import bias_corrected, low_rank
@@ -44,10 +52,16 @@ from lrjax.optimizers.dct_adamw import dct_adamw, scale_by_dct_adamw
 from lrjax.optimizers.dion import dion, scale_by_dion
 from lrjax.optimizers.dion2 import dion2, scale_by_dion2
 from lrjax.optimizers.fira import fira, scale_by_fira
+from lrjax.optimizers.flora import flora, scale_by_flora
 from lrjax.optimizers.frugal import frugal, scale_by_frugal
 from lrjax.optimizers.galore import galore, scale_by_galore
 from lrjax.optimizers.galore_8bit import galore_8bit, scale_by_galore_8bit
+from lrjax.optimizers.golore import golore, scale_by_golore
 from lrjax.optimizers.ldadam import ldadam, scale_by_ldadam
+from lrjax.optimizers.online_subspace_descent import (
+  online_subspace_descent,
+  scale_by_online_subspace_descent,
+)
 from lrjax.optimizers.owlore import (
   outlier_ratio,
   outlier_scores,
@@ -55,17 +69,25 @@ from lrjax.optimizers.owlore import (
   scale_by_owlore,
 )
 from lrjax.optimizers.q_galore import q_galore, scale_by_q_galore
+from lrjax.optimizers.subtrack import scale_by_subtrack, subtrack
 from lrjax.optimizers.trion import scale_by_trion, trion
 
 # Orthogonal factors.
-from lrjax.orthogonalize import newton_schulz, polar
+from lrjax.orthogonalize import cholesky_qr, newton_schulz, polar
 
 # The remaining parts of the loop.
 from lrjax.refreshes import every, lazy
 from lrjax.residuals import drop, error_feedback, scale_full, state_free
 from lrjax.sampling import sampled_layers
 from lrjax.sharding import state_specs
-from lrjax.transports import keep, projection_aware, reset, rotate_abs, rotate_square
+from lrjax.transports import (
+  keep,
+  projection_aware,
+  reset,
+  rotate_abs,
+  rotate_first,
+  rotate_square,
+)
 
 # The values parts exchange.
 from lrjax.types import (
@@ -89,16 +111,19 @@ __all__ = [
   'Codec',
   'MatrixTransform',
   'Parameterization',
+  'Parts',
   'Refresh',
   'Residual',
   'Split',
   'View',
+  'accumulate_sketches',
   'adam',
   'affine',
   'apollo',
   'apollo_mini',
   'bias_corrected',
   'cast',
+  'cholesky_qr',
   'columns',
   'coverage',
   'dct',
@@ -115,21 +140,26 @@ __all__ = [
   'every',
   'factored_rms',
   'fira',
+  'flora',
   'frugal',
   'galore',
   'galore_8bit',
   'gaussian',
+  'golore',
+  'grassmann',
   'health',
   'heaviest',
   'hidden_kernels',
   'int8',
   'int8_weights',
   'keep',
+  'layerwise',
   'lazy',
   'ldadam',
   'low_rank',
   'newton_schulz',
   'on_matrices',
+  'online_subspace_descent',
   'outlier_ratio',
   'outlier_scores',
   'owlore',
@@ -140,6 +170,7 @@ __all__ = [
   'randomized_svd',
   'reset',
   'rotate_abs',
+  'rotate_first',
   'rotate_square',
   'sampled_layers',
   'scale_by_apollo',
@@ -148,19 +179,25 @@ __all__ = [
   'scale_by_dion',
   'scale_by_dion2',
   'scale_by_fira',
+  'scale_by_flora',
   'scale_by_frugal',
   'scale_by_galore',
   'scale_by_galore_8bit',
+  'scale_by_golore',
   'scale_by_ldadam',
+  'scale_by_online_subspace_descent',
   'scale_by_owlore',
   'scale_by_q_galore',
+  'scale_by_subtrack',
   'scale_by_trion',
   'scale_full',
   'state_free',
   'state_specs',
   'stored_as',
   'subspace_iteration',
+  'subtrack',
   'svd',
+  'switched',
   'trion',
   'two_sided',
 ]

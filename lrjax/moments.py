@@ -114,13 +114,16 @@ def late_correction(count: jax.Array, b1: Any, b2: Any) -> jax.Array:
   return jnp.sqrt(complement(b2)) / complement(b1)
 
 
-def factored_rms(**kwargs: Any) -> optax.GradientTransformation:
-  """Adafactor's factored second moment with its clip of the update's RMS to one.
+def factored_rms(
+  *, clipping_threshold: float | None = 1.0, **kwargs: Any
+) -> optax.GradientTransformation:
+  """Adafactor's factored second moment with its clip of the update's RMS.
 
   `optax.scale_by_factored_rms` reads parameters only for their shape; here the
   gradients stand in, so that it works where there are no parameters.
 
   Args:
+    clipping_threshold: the largest RMS of an update; None: any.
     **kwargs: those of `optax.scale_by_factored_rms`; `min_dim_size_to_factor` is 128
       there and 2 here, since low-rank gradients are thin.
 
@@ -128,10 +131,9 @@ def factored_rms(**kwargs: Any) -> optax.GradientTransformation:
     An `optax.GradientTransformation`.
   """
   kwargs = {'min_dim_size_to_factor': 2, **kwargs}
-  inner = optax.chain(
-    optax.scale_by_factored_rms(**kwargs),
-    optax.clip_by_block_rms(1.0),
-  )
+  inner = optax.scale_by_factored_rms(**kwargs)
+  if clipping_threshold is not None:
+    inner = optax.chain(inner, optax.clip_by_block_rms(clipping_threshold))
 
   def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
     return inner.update(updates, state, updates)

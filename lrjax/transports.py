@@ -38,7 +38,18 @@ def rotate_square(change: Change, inner: Any) -> Any:
   return _moments(inner, change.rotate, change.square)
 
 
-NAMES = dict(keep=keep, reset=reset, rotate_abs=rotate_abs, rotate=rotate_square)
+def rotate_first(change: Change, inner: Any) -> Any:
+  """First moments `C mu`, second moments as they are (GoLore)."""
+  return _moments(inner, change.rotate, lambda nu: nu)
+
+
+NAMES = dict(
+  keep=keep,
+  reset=reset,
+  rotate_abs=rotate_abs,
+  rotate=rotate_square,
+  rotate_first=rotate_first,
+)
 
 
 def projection_aware(b1: float = 0.9, b2: float = 0.999) -> Callable:

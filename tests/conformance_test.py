@@ -40,6 +40,12 @@ METHODS = {
   'trion': lrjax.scale_by_trion(4, scaling='none'),
   'dion2': lrjax.scale_by_dion2(4, scaling='none'),
   'dion': lrjax.scale_by_dion(4, scaling='none', orth='cholesky_qr'),
+  'flora': lrjax.scale_by_flora(4, 3),
+  'golore': lrjax.scale_by_golore(**SMALL, random_after=1),
+  'online_subspace_descent': lrjax.scale_by_online_subspace_descent(
+    **SMALL, retract_every=3
+  ),
+  'subtrack': lrjax.scale_by_subtrack(**SMALL),
 }
 # Staggering spreads refreshes over the tree at hand and random bases draw per slice, so a
 # stack is meant to differ from its slices taken alone.
@@ -48,6 +54,8 @@ EXEMPT = {
   ('apollo', 'stacks'),
   ('apollo_mini', 'stacks'),
   ('frugal', 'stacks'),
+  ('flora', 'stacks'),
+  ('golore', 'stacks'),
   # A slice of a stack of layers is no stack of layers.
   ('frugal_blocks', 'stacks'),
   ('owlore', 'stacks'),

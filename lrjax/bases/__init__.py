@@ -3,10 +3,12 @@
 from lrjax.bases.columns import columns, entries
 from lrjax.bases.dct import dct
 from lrjax.bases.gaussian import gaussian
+from lrjax.bases.grassmann import grassmann
 from lrjax.bases.heaviest import heaviest
 from lrjax.bases.orthonormal import eigh, randomized_svd, subspace_iteration, svd
 from lrjax.bases.random_orthogonal import random_orthogonal
 from lrjax.bases.stored import stored_as
+from lrjax.bases.switched import switched
 from lrjax.bases.two_sided import two_sided
 
 NAMES = dict(
@@ -29,11 +31,13 @@ __all__ = [
   'eigh',
   'entries',
   'gaussian',
+  'grassmann',
   'heaviest',
   'random_orthogonal',
   'randomized_svd',
   'stored_as',
   'subspace_iteration',
   'svd',
+  'switched',
   'two_sided',
 ]

@@ -98,7 +98,9 @@ def randomized_svd(
   return orthonormal(rank, fit, signs=signs)
 
 
-def subspace_iteration(rank: int, *, steps: int = 1, signs: bool = True) -> Basis:
+def subspace_iteration(
+  rank: int, *, steps: int = 1, signs: bool = True, orth: Callable | None = None
+) -> Basis:
   r"""Power steps that start from the previous basis, for gradients that turn slowly.
 
   .. math:: P \leftarrow \mathrm{orth}(G (G^\top P))
@@ -110,17 +112,21 @@ def subspace_iteration(rank: int, *, steps: int = 1, signs: bool = True) -> Basi
     rank: number of columns; clipped to min(rank, d, k).
     steps: power steps a fit.
     signs: see `svd`.
+    orth: `Y (n, r) -> Q (n, r)`, makes columns orthonormal; default Householder QR.
+      `lrjax.cholesky_qr` is faster on accelerators, which run QR one matrix at a time.
 
   Returns:
     A `Basis` whose state is P (d, r).
   """
 
+  orth = orth or _orth
+
   def fit(key: Any, g: jax.Array, r: int, p: jax.Array) -> jax.Array:
     for _ in range(steps):
-      p = _orth(_mm(g, _orth(_mm(g.T, p))))
+      p = orth(_mm(g, orth(_mm(g.T, p))))
     low = _mm(p.T, g)
     # Within the subspace the columns are put in the order an SVD would give.
-    return _orth(_mm(p, _leading(_mm(low, low.T), r)))
+    return orth(_mm(p, _leading(_mm(low, low.T), r)))
 
   return orthonormal(rank, fit, signs=signs, init=signed_cosines)
 

@@ -57,11 +57,11 @@ def scale_by_galore(
       `lrjax.adam()`. Weight decay belongs outside.
     weight_dimension_numbers: the matrix axes of each leaf, see `lrjax.on_matrices`.
     basis: how P is found: 'eigh' (of the Gram matrix), 'svd' (the paper's: the same
-      subspace, slower, also where singular values are tiny), 'randomized_svd',
-      'subspace_iteration' (cheapest), or `rank -> Basis`.
+      subspace, slower, also where singular values are tiny), 'randomized_svd' (GaLore 2,
+      arXiv 2504.20437), 'subspace_iteration' (cheapest), or `rank -> Basis`.
     basis_dtype: what P is stored in; default float32.
     moments_on_refresh: 'keep' (paper), 'reset', 'rotate' (mu by C, nu by C*C),
-      'rotate_abs', or a function, see `lrjax.transports`.
+      'rotate_abs', 'rotate_first' (mu alone), or a function, see `lrjax.transports`.
     stagger: refresh the matrices one after the other over the gap instead of together.
     side: which axis is compressed, see `lrjax.on_matrices` as for those below.
     where: which leaves are projected.
