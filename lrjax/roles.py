@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-SIGNED = frozenset({'mu', 'trace', 'momentum'})
-NON_NEGATIVE = frozenset({'nu'})
+SIGNED = frozenset({'mu', 'trace', 'momentum', 'm1', 'm2'})
+NON_NEGATIVE = frozenset({'nu', 'nu_max', 'sum_of_squares'})
+# Second moments that are not of the gradient's shape, so that no basis rotates them.
+FACTORED = frozenset({'v_row', 'v_col', 'v'})
 
 
 def map_moments(

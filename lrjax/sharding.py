@@ -97,6 +97,8 @@ def place_slot(slot: Any, rule: MatrixTransform, plan: LeafPlan, x: Any) -> Any:
   probe = jax.eval_shape(lambda: rule.init(jax.ShapeDtypeStruct((_D, _K), x.dtype)))
 
   def place(x: jax.Array, one: Any) -> jax.Array:
+    # A moment too small to be stored in 8 bits is large enough in the probe.
+    one = getattr(one, 'codes', one)
     roles = [by_size.get(n) for n in one.shape]
     return jax.sharding.reshard(x, PartitionSpec(*(full[a] for a in stack), *roles))
 
@@ -104,10 +106,25 @@ def place_slot(slot: Any, rule: MatrixTransform, plan: LeafPlan, x: Any) -> Any:
   return jax.tree.map(place, slot, type(slot)(whole, probe))
 
 
+def place_rows(rows: jax.Array, x: Any, stacked: bool) -> jax.Array:
+  """Places `rows` (n, ...) like the rows of `x`, where it has explicit axes."""
+  spec = _spec(x)
+  if spec is None:
+    return rows
+  return jax.sharding.reshard(
+    rows, PartitionSpec(None, *(spec[1:] if stacked else spec))
+  )
+
+
+def whole(x: jax.Array) -> jax.Array:
+  """`x` on every device, where it has explicit axes."""
+  return x if _spec(x) is None else jax.sharding.reshard(x, PartitionSpec())
+
+
 def outside_explicit(f: Callable, fixed: tuple) -> Callable:
   """`f` with explicit mesh axes handed to the compiler.
 
-  `f(*fixed, ...)` must return trees like `fixed`, and they keep its placements.
+  The results of `f` must be trees like `fixed`, and they get its placements.
   """
   if not any(_spec(x) is not None for x in jax.tree.leaves(fixed)):
     return f

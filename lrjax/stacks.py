@@ -71,7 +71,9 @@ class Stack(NamedTuple):
     # u, but not with a select between them.
     u = jnp.where(spread(self.ok, self.plan), from_matrix(u, self.plan), 0)
     state = select(self.ok, state, self.slot.state)
-    return u.astype(self.leaf.dtype), self.slot._replace(state=state)
+    # A state that was started over asks for a refresh; a rule without one is done.
+    overdue = self.slot.overdue * (self.rule.refresh is not None)
+    return u.astype(self.leaf.dtype), Slot(overdue, state)
 
 
 def examine(
@@ -161,9 +163,13 @@ def _refresh_leaf(s: Stack, run: jax.Array, step: jax.Array, seed: int) -> tuple
 
 def stream(seed: int, path: str) -> jax.Array:
   """A random key of its own for each leaf path."""
+  return fold_in_path(jax.random.key(seed), path)
+
+
+def fold_in_path(key: jax.Array, path: str) -> jax.Array:
+  """A key of its own for each leaf path, from one key."""
   # Two words of a cryptographic hash: no two paths share them, as they may a checksum.
   digest = hashlib.sha256(path.encode()).digest()
-  key = jax.random.key(seed)
   for word in (digest[:4], digest[4:8]):
     key = jax.random.fold_in(key, int.from_bytes(word, 'big'))
   return key

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lrjax.checks import finite
+from lrjax.codecs.dynamic import stored_like, widened
 from lrjax.roles import map_moments
 from lrjax.types import Change
 
@@ -63,9 +64,12 @@ def projection_aware(b1: float = 0.9, b2: float = 0.999) -> Callable:
         f'projection_aware needs an inner state with `count`, `mu` and `nu`, such as'
         f' that of lrjax.adam, got {type(inner).__name__}; use transport=keep or reset'
       )
-    mu, nu = rotate_adam(change, inner.mu, inner.nu, inner.count, b1, b2)
-    store = lambda new, old: new.astype(old.dtype)
-    return inner._replace(mu=store(mu, inner.mu), nu=store(nu, inner.nu))
+    mu, nu = widened(inner.mu, signed=True), widened(inner.nu, signed=False)
+    mu, nu = rotate_adam(change, mu, nu, inner.count, b1, b2)
+    return inner._replace(
+      mu=stored_like(mu, inner.mu, signed=True),
+      nu=stored_like(nu, inner.nu, signed=False),
+    )
 
   return rotate
 
@@ -90,14 +94,14 @@ def _moments(inner: Any, on_mu: Callable, on_nu: Callable) -> Any:
   """Maps the moments of an inner state; at least one must be there."""
   found = []
 
-  def noted(f: Callable) -> Callable:
-    def apply(x: jax.Array) -> jax.Array:
+  def noted(f: Callable, signed: bool) -> Callable:
+    def apply(x: Any) -> Any:
       found.append(x)
-      return f(x).astype(x.dtype)
+      return stored_like(f(widened(x, signed)), x, signed)
 
     return apply
 
-  out = map_moments(inner, noted(on_mu), noted(on_nu))
+  out = map_moments(inner, noted(on_mu, signed=True), noted(on_nu, signed=False))
   if not found:
     raise ValueError(
       f'rotating needs an inner state with moments `mu`, `nu` or `trace` (r, k), got'

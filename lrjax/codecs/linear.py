@@ -1,4 +1,4 @@
-"""How arrays are stored: pairs of encode and decode."""
+"""Codecs by another float type, and by a linear scale for each column."""
 
 from typing import Any
 

@@ -1,0 +1,108 @@
+"""The 8-bit dynamic map of block-wise quantization (Dettmers et al., arXiv 2110.02861)."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lrjax.checks import positive_int
+from lrjax.codecs.affine import join, split
+from lrjax.types import Codec
+
+
+class Dynamic8(NamedTuple):
+  """An array in 8 bits.
+
+  Attributes:
+    codes: uint8, of the array's shape: places in the map.
+    scale: float32 (n_blocks,), the largest magnitude of each block.
+  """
+
+  codes: jax.Array
+  scale: jax.Array
+
+
+def dynamic8(signed: bool = True, block: int = 256) -> Codec:
+  r"""Stores the nearest of 256 values of a map, times the largest magnitude of a block.
+
+  The map has seven decades, each with twice as many steps as the one below: relative
+  precision for small values, absolute precision for large ones, as moments need. Blocks
+  run along the first axis first, so those of moments (r, k) run along the rank, and a
+  split of k between devices cuts none of them where r k / devices divides by `block`.
+
+  With `signed=False` what is positive never becomes zero, but the smallest positive value
+  of the map: a second moment of zero would make the update infinite.
+
+  Args:
+    signed: whether values may be negative; first moments are, second moments are not.
+    block: values that share a scale, a power of two; the last block may be shorter.
+
+  Returns:
+    A `Codec` whose stored form is a `Dynamic8`: `1 + 4 / block` bytes a value.
+
+  Raises:
+    ValueError: if `block` is no power of two.
+
+  >>> c = dynamic8()
+  >>> stored = c.encode(jnp.array([1.0, -0.5, 0.0]))
+  >>> print(stored.codes, c.decode(stored).round(2))
+  [255  35 127] [ 1.  -0.5  0. ]
+  """
+  block = positive_int('block', block)
+  if block & (block - 1):
+    raise ValueError(f'`block` must be a power of two, got {block}')
+  table = dynamic_map(signed)
+  thresholds = (table[:-1] + table[1:]) / 2
+
+  def encode(x: jax.Array) -> Dynamic8:
+    blocks = split(x.T, block)
+    scale = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True).astype(jnp.float32)
+    unit = blocks / jnp.where(scale > 0, scale, 1)
+    codes = jnp.searchsorted(thresholds, unit).astype(jnp.uint8)
+    if not signed:
+      codes = jnp.maximum(codes, (blocks > 0).astype(jnp.uint8))
+    return Dynamic8(join(codes, x.T.shape).T, scale[:, 0])
+
+  def decode(stored: Dynamic8) -> jax.Array:
+    codes = stored.codes.T
+    values = jnp.asarray(table)[split(codes, block)] * stored.scale[:, None]
+    return join(values, codes.shape).T
+
+  return Codec(encode, decode)
+
+
+def widened(x: Any, signed: bool) -> Any:
+  """A moment as it is computed with: decoded if it is stored in 8 bits."""
+  return dynamic8(signed, _block(x)).decode(x) if isinstance(x, Dynamic8) else x
+
+
+def stored_like(x: jax.Array, like: Any, signed: bool) -> Any:
+  """`x` in the form, or else the dtype, of `like`."""
+  if isinstance(like, Dynamic8):
+    return dynamic8(signed, _block(like)).encode(x)
+  return x.astype(like.dtype)
+
+
+def _block(x: Dynamic8) -> int:
+  """The size of its blocks, a power of two, or one that is equivalent."""
+  block = 1
+  while -(-x.codes.size // block) > x.scale.size:
+    block *= 2
+  return block
+
+
+def dynamic_map(signed: bool) -> np.ndarray:
+  """The 256 values in ascending order: midpoints of steps in seven decades, 0 and 1."""
+  f = np.float32
+  decades = []
+  for i in range(7):
+    n = 2 ** (i + (not signed))
+    # Counted from both ends by a float32 step, as torch does, to have the published bits.
+    up, step = np.arange(n + 1), float((f(1) - f(0.1)) / f(n))
+    edges = np.where(up < (n + 1) // 2, f(0.1) + step * up, 1 - step * (n - up))
+    edges = edges.astype(f)
+    decades.append((edges[:-1] + edges[1:]) / f(2) * f(10.0 ** (i - 6)))
+  positive = np.concatenate(decades)
+  negative = -positive if signed else positive[:0]
+  return np.sort(np.concatenate([negative, np.array([0, 1], f), positive]))
