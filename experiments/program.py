@@ -13,6 +13,7 @@ import lrjax
 from experiments import optimizers
 from experiments.config import Experiment
 from experiments.errors import ConfigError
+from lrjax import int8_weights
 from lrjax.models.llama import Llama, next_token_loss
 from lrjax.models.llama_params import param_specs
 from lrjax.modules.nnx import split
@@ -37,8 +38,6 @@ class Storage(NamedTuple):
 def storage(experiment: Experiment) -> Storage:
   """What the config says of the weights."""
   if experiment.optimizer.weights == 'int8':
-    from lrjax import int8_weights
-
     dtype = experiment.model.param_dtype
     return Storage(
       int8_weights.quantize,

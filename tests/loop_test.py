@@ -181,3 +181,28 @@ def test_interrupted_in_an_evaluation_it_evaluates_first_when_it_goes_on(tmp_pat
   directory, _ = run(cut, tmp_path, resume=True)
   read = lambda d: (d / 'metrics.jsonl').read_bytes()
   assert read(directory) == read(want)
+
+
+def test_weights_in_8_bits_go_on_where_they_stopped(tmp_path):
+  options = {'rank': 4, 'update_proj_gap': 5}
+  optimizer = Optimizer('q_galore', 1e-2, weights='int8', options=options)
+  whole = runner.tiny(name='whole', optimizer=optimizer)
+  want, lines = run(whole, tmp_path)
+  assert losses(lines)[-3:].mean() < losses(lines)[0] - 0.2
+  summary = json.loads((want / 'summary.json').read_text())
+  kernels = 2 * (4 * 16 * 16 + 3 * 16 * 24)  # two layers
+  groups = 2 * (6 * 16 + 24)  # one for each row
+  saved = 4 * kernels - (kernels + 8 * groups)
+  assert summary['parameter_bytes'] == summary['gradient_bytes'] - saved
+
+  class AtSix(Preemption):
+    def requested(self, step):
+      return step == 6
+
+  cut = replace(whole, name='cut')
+  with pytest.raises(errors.Interrupted):
+    loop.run(cut, tmp_path, AtSix())
+  directory, _ = run(cut, tmp_path, resume=True)
+  read = lambda d: (d / 'metrics.jsonl').read_bytes()
+  assert read(directory) == read(want)
+  assert runner.final(directory)[0] == runner.final(want)[0]
