@@ -59,7 +59,8 @@ def test_learns_and_leaves_its_files(name, tmp_path):
     assert not subspaces and 'overlap' not in summary
     return
   assert [x['step'] for x in subspaces] == [1, 5, 9, 13, 17, 21]
-  assert [x['refreshes'] for x in subspaces] == [1, 1, 2, 3, 4, 5]
+  refreshes = [x['refreshes'] for x in subspaces]
+  assert refreshes == pytest.approx([1, 1, 2, 3, 4, 5], rel=1e-6)  # a mean
   leaves = [k for k in subspaces[-1] if k.startswith('captured_energy/')]
   assert 'captured_energy/layers/attn/q/kernel' in leaves and len(leaves) == 7
   mean = np.mean([subspaces[-1][k] for k in leaves])
