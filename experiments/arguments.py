@@ -11,6 +11,9 @@ from experiments import command_line
 from experiments.config import PRESETS, Experiment
 from experiments.schema import Scalar, members, one_of
 
+# Parameters of methods that other keys of a config give.
+_COMMON = ('learning_rate', 'weight_decay', 'seed', 'diagnostics')
+
 
 def parse_args(
   argv: Sequence[str],
@@ -52,8 +55,7 @@ def option_types(method: Callable) -> dict[str, Any] | None:
   if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
     return None
   types = {name: _scalars(p.annotation) for name, p in parameters.items()}
-  own = ('learning_rate', 'weight_decay')
-  return {name: kind for name, kind in types.items() if kind and name not in own}
+  return {name: kind for name, kind in types.items() if kind and name not in _COMMON}
 
 
 def _scalars(hint):

@@ -20,7 +20,8 @@ import optax
 
 import lrjax
 from experiments import command_line, errors, provenance
-from experiments.memory import abstract_params
+from experiments.memory import abstract_params, with_rank
+from experiments.optimizers import METHODS
 from lrjax.models.llama_config import LLAMA_SIZES
 from lrjax.models.llama_params import unstack_layers
 from lrjax.views import leaf_path
@@ -37,12 +38,15 @@ class Command:
     rank: of the projections.
     rounds: how often each method is timed; medians are over them.
     layers: keep only so many layers; none: all.
+    methods: of `experiments.optimizers`, with commas between, against AdamW; empty: forms
+      of GaLore.
   """
 
   size: str = '60m'
   rank: int = 128
   rounds: int = 5
   layers: int | None = None
+  methods: tuple[str, ...] = ()
 
 
 class Method(NamedTuple):
@@ -52,8 +56,16 @@ class Method(NamedTuple):
   stacked: bool = False
 
 
-def methods(rank: int) -> dict[str, Method]:
-  """What is compared; the first one is what ratios refer to."""
+def methods(rank: int, names: Sequence[str] = ()) -> dict[str, Method]:
+  """What is compared; the first one is what ratios refer to.
+
+  Args:
+    rank: of the projections.
+    names: of methods, with their own defaults; none: forms of GaLore.
+  """
+  if names:
+    named = {name: Method(with_rank(name, rank, 'float32')) for name in names}
+    return {'optax.adamw': Method(optax.adamw(1e-3))} | named
   ours = lambda **more: lrjax.galore(1e-2, rank, **more)
   return {
     'optax.adamw': Method(optax.adamw(1e-3)),
@@ -130,7 +142,8 @@ def run(asked: Command, say: Callable[[str], None] = print) -> dict[str, Any]:
     config = dataclasses.replace(config, num_layers=asked.layers)
   params = abstract_params(config, 'float32')
   grads = gradients(params)
-  timed = {name: Timed(m, params, grads) for name, m in methods(asked.rank).items()}
+  compared = methods(asked.rank, asked.methods)
+  timed = {name: Timed(m, params, grads) for name, m in compared.items()}
   for _ in range(asked.rounds + 1):
     for t in timed.values():
       t.round()
@@ -173,6 +186,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = command_line.parse_flags(sys.argv[1:] if argv is None else argv, Command)
     if asked.size not in LLAMA_SIZES:
       raise errors.ConfigError(f'size: {asked.size!r}; known: {", ".join(LLAMA_SIZES)}')
+    if unknown := {*asked.methods} - {*METHODS}:
+      raise errors.ConfigError(f'methods: {unknown}; known: {", ".join(METHODS)}')
   except errors.ConfigError as e:
     print(f'error: {e}', file=sys.stderr)
     return errors.EXIT_BAD_CONFIG

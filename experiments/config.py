@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Literal
 
+import lrjax
 from experiments.data.config import DataConfig
 from experiments.schema import Scalar
 from lrjax.models.llama_config import LLAMA_SIZES, LlamaConfig
@@ -36,6 +37,8 @@ class Optimizer:
     final_fraction: the last learning rate as a fraction of the peak.
     clip: largest global norm of a gradient; 0: not clipped.
     weight_decay: decoupled, times the learning rate.
+    weights: how hidden kernels are kept between steps: as they are, or in 8 bits with
+      stochastic rounding (Q-GaLore).
     options: further keyword arguments of the method.
   """
 
@@ -46,6 +49,7 @@ class Optimizer:
   final_fraction: float = 0.1
   clip: float = 1.0
   weight_decay: float = 0.0
+  weights: Literal['float', 'int8'] = 'float'
   options: Mapping[str, Scalar] = dataclasses.field(
     default_factory=dict, metadata={'follows': 'name'}
   )
@@ -111,6 +115,7 @@ class Experiment:
     checkpoint: how it is saved.
     eval_every: steps between evaluations; the last step is evaluated always.
     log_every: steps between lines of metrics.
+    diagnostics_every: steps between measurements of subspaces; 0: none, at no cost.
     max_consecutive_bad: so many non-finite steps in a row end the run.
     mesh: how it is spread over devices.
   """
@@ -124,6 +129,7 @@ class Experiment:
   eval_every: int
   seed: int = 0
   log_every: int = 1
+  diagnostics_every: int = 0
   max_consecutive_bad: int = 10
   mesh: Mesh = Mesh()
 
@@ -133,6 +139,7 @@ class Experiment:
     _require(self, 'seed', lambda x: 0 <= x < 2**32, 'from 0 to 2**32 - 1')
     for name in ('steps', 'eval_every', 'log_every', 'max_consecutive_bad'):
       _require(self, name, lambda x: x >= 1, 'at least 1')
+    _require(self, 'diagnostics_every', lambda x: x >= 0, 'at least 0')
     if self.warmup > self.steps:
       raise ValueError(
         f'optimizer.warmup={self.optimizer.warmup} must be at most steps={self.steps}'
@@ -153,6 +160,27 @@ class Experiment:
     """Steps of warm-up."""
     warmup = self.optimizer.warmup
     return self.steps // 10 if warmup is None else warmup
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+  """How the runs of a comparison are tuned and repeated; see `experiments.study`.
+
+  Attributes:
+    factors: of the learning rate that a run names; each is tried.
+    seeds: how many, the first one for the sweep, all of them at the best rate.
+    extensions: how often a sweep goes on beyond its edge where the best rate lies there.
+  """
+
+  factors: tuple[float, ...] = (1.0,)
+  seeds: int = 1
+  extensions: int = 1
+
+  def __post_init__(self):
+    _require(self, 'factors', lambda x: x and min(x) > 0, 'one or more, above 0')
+    _require(self, 'factors', lambda x: len({*x}) == len(x), 'all different')
+    _require(self, 'seeds', lambda x: x >= 1, 'at least 1')
+    _require(self, 'extensions', lambda x: x >= 0, 'at least 0')
 
 
 def compare(base: Experiment, **optimizers: Optimizer) -> tuple[Experiment, ...]:
@@ -235,3 +263,45 @@ _ADAMW = {
 COMPARISONS = {
   run.name: compare(run, **_ADAMW, galore=run.optimizer) for run in (_DEMO, _SMOKE)
 }
+
+# All methods at equal tokens: rank a quarter of the width, seven refreshes.
+_STUDY = replace(
+  _local('optimizers', 'tiny', 200, _galore(2e-2, 32, 30), seq_len=128, batch_size=8),
+  checkpoint=Checkpoint(every=200, keep=1),
+  diagnostics_every=20,
+)
+
+
+def _studied(name, learning_rate=2e-2, weights='float', **options) -> Optimizer:
+  return Optimizer(name, learning_rate, weights=weights, options=options)
+
+
+_LOW_RANK = {'rank': 32, 'update_proj_gap': 30}
+# Learning rates are the centres of sweeps. Embedding and head get the same in each but the
+# first; what slows the matrices, `scale` or `matrix_scale`, brings their updates to about
+# a tenth of that, the best of AdamW, or for orthonormal updates to what is usual.
+_STUDIED = {
+  **_ADAMW,
+  'galore': _STUDY.optimizer,
+  'galore_8bit': _studied('galore_8bit', **_LOW_RANK),
+  'q_galore': _studied('q_galore', **_LOW_RANK),
+  'q_galore_int8': _studied('q_galore', weights='int8', **_LOW_RANK),
+  'golore': _studied('golore', random_after=100.0, **_LOW_RANK),
+  'online_subspace_descent': _studied('online_subspace_descent', **_LOW_RANK),
+  'subtrack': _studied('subtrack', **_LOW_RANK),
+  'flora': _studied('flora', **_LOW_RANK),
+  'fira': _studied('fira', **_LOW_RANK),
+  'apollo': _studied('apollo', scale=0.25, **_LOW_RANK),
+  'apollo_mini': _studied('apollo_mini', matrix_scale=0.1, update_proj_gap=30),
+  'frugal': _studied('frugal', density=0.25, update_proj_gap=30, scale=0.1),
+  'owlore': _studied('owlore', n_active=2, period=15, scale=0.25, **_LOW_RANK),
+  'ldadam': _studied('ldadam', rank=32, matrix_scale=0.1),
+  'dct_adamw': _studied('dct_adamw', rank=32, matrix_scale=0.1),
+  'trion': _studied('trion', rank=32),
+  'dion': _studied('dion', rank=32),
+}
+COMPARISONS['optimizers'] = compare(
+  _STUDY,
+  **{n: o for n, o in _STUDIED.items() if o.name == 'adamw' or o.name in lrjax.__all__},
+)
+SWEEPS = {'optimizers': Sweep(factors=(1 / 3, 1.0, 3.0), seeds=2, extensions=2)}

@@ -1,7 +1,6 @@
 """The one training loop: resume, step, log, evaluate, save, summarise."""
 
 import contextlib
-import inspect
 import json
 import pathlib
 import time
@@ -27,7 +26,7 @@ from experiments.data import (
 from experiments.errors import ConfigError, Interrupted, NonFiniteError
 from experiments.evaluate import evaluate, place
 from experiments.metrics import Metrics
-from experiments.optimizers import METHODS
+from experiments.optimizers import update_gap
 from experiments.progress import Progress
 from experiments.signals import Preemption
 from experiments.summary import summarise
@@ -230,15 +229,20 @@ class _Loop:
   def _log(self, step: int, metrics: Any, tokens: jax.Array) -> None:
     """Writes one step's numbers, and ends the run if too many in a row were bad."""
     e = self.experiment
-    values = {k: v.item() for k, v in jax.device_get(metrics).items()}
+    metrics = jax.tree.map(lambda x: x.item(), jax.device_get(metrics))
+    values, subspaces = metrics, metrics.pop('subspaces')
     now = time.perf_counter()
     seconds, self.clock = now - self.clock, now
     bad, overdue = values.pop('bad'), values.pop('overdue_refreshes')
     if not step % e.log_every or step == e.steps:
       self.metrics.scalars(step, values)
+    measured = bool(subspaces) and (step - 1) % e.diagnostics_every == 0
+    if measured:
+      self.metrics.scalars(step, subspaces, split='subspace')
     count = e.data.batch_size * e.data.seq_len
     times = dict(seconds=seconds, tokens_per_s=count / seconds)
-    self.timing.scalars(step, times | dict(refresh=is_refresh(e, step)))
+    kind = dict(refresh=is_refresh(e, step), measured=measured)
+    self.timing.scalars(step, times | kind)
     self.progress.update(step, count, values['loss'])
     if bad >= e.max_consecutive_bad:
       raise NonFiniteError(self._describe_bad(step, values, bad, tokens))
@@ -272,12 +276,12 @@ class _Loop:
 
 
 def is_refresh(experiment: Experiment, step: int) -> bool:
-  """Whether update number `step`, from 1, fits bases anew for the whole tree."""
-  o = experiment.optimizer
-  named = inspect.signature(METHODS[o.name]).parameters
-  options = {name: p.default for name, p in named.items()} | {**o.options}
-  gap = options.get('update_proj_gap')
-  return gap is not None and not options.get('stagger') and (step - 1) % gap == 0
+  """Whether update number `step`, from 1, fits bases anew for the whole tree.
+
+  Where every step does, none stands out.
+  """
+  gap = update_gap(experiment)
+  return gap is not None and gap > 1 and (step - 1) % gap == 0
 
 
 def _token_cache(experiment: Experiment, where: rundir.RunDir) -> str | None:

@@ -1,12 +1,15 @@
 """Bytes of weights, gradients and optimizer state: `python -m experiments.memory`.
 
-From shapes alone: nothing is allocated, so 7B takes seconds on a laptop. Each method
-runs with the settings of the GaLore paper, every array in `--dtype`.
+From shapes alone: nothing is allocated, so 7B takes seconds on a laptop. Each method has
+the rank of the GaLore paper and its own settings otherwise. Weights and gradients are in
+`--dtype`, and so are states where the method lets choose; those of others are in float32 or
+packed, as their documentation says.
 """
 
 import dataclasses
+import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import optax
@@ -14,6 +17,8 @@ import optax
 from experiments import command_line, errors
 
 Dtype = Literal['bfloat16', 'float32']
+# Their states have a form of their own, whatever the dtype of the weights.
+EIGHT_BIT = ('galore_8bit', 'q_galore')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +28,12 @@ class Command:
   Attributes:
     dtype: of weights, gradients and states.
     sizes: which of 60m, 130m, 350m, 1b, 7b.
+    methods: of `experiments.optimizers`, with commas between; empty: all.
   """
 
   dtype: Dtype = 'bfloat16'
   sizes: tuple[str, ...] = ('60m', '130m', '350m', '1b', '7b')
+  methods: tuple[str, ...] = ()
 
 
 class Row(NamedTuple):
@@ -40,21 +47,26 @@ class Row(NamedTuple):
   adam: int
 
 
-def rows(sizes: Sequence[str], dtype: Dtype) -> list[Row]:
+def rows(sizes: Sequence[str], dtype: Dtype, names: Sequence[str] = ()) -> list[Row]:
   """Counts every size with every method.
 
   Args:
     sizes: names of `LLAMA_SIZES`.
     dtype: of weights, gradients and states.
+    names: of methods; none: all.
 
   Returns:
     One `Row` for each pair.
 
   Raises:
-    ConfigError: for an unknown size.
+    ConfigError: for an unknown size or method.
   """
   import lrjax
   from experiments.config import PRESETS
+  from experiments.optimizers import METHODS
+
+  if unknown := {*names} - {*METHODS}:
+    raise errors.ConfigError(f'methods: {unknown}; known: {", ".join(METHODS)}')
 
   out = []
   for size in sizes:
@@ -65,8 +77,8 @@ def rows(sizes: Sequence[str], dtype: Dtype) -> list[Row]:
       raise errors.ConfigError(f'sizes: unknown {size!r}; known: {", ".join(known)}')
     experiment = PRESETS[f'galore_{size}']
     params = abstract_params(experiment.model, dtype)
-    for name, tx in methods(_rank(experiment), dtype).items():
-      c = lrjax.coverage(tx, params)
+    for name in names or METHODS:
+      c = lrjax.coverage(with_rank(name, _rank(experiment), dtype), params)
       out.append(
         Row(size, name, c.param_bytes, c.param_bytes, c.state_bytes, c.adam_bytes)
       )
@@ -77,15 +89,15 @@ def _rank(experiment: Any) -> int:
   return int(experiment.optimizer.options['rank'])
 
 
-def methods(rank: int, dtype: Dtype) -> dict[str, optax.GradientTransformation]:
-  """The transformations whose states are counted."""
-  from experiments import optimizers
+def with_rank(name: str, rank: int, dtype: Dtype) -> optax.GradientTransformation:
+  """A method with states of `dtype` where it lets choose, and its own otherwise."""
+  from experiments.optimizers import METHODS
 
-  make: dict[str, Callable[[], optax.GradientTransformation]] = {
-    'adamw': lambda: optimizers.adamw(1e-3, state_dtype=dtype),
-    'galore': lambda: optimizers.galore(1e-2, rank=rank, state_dtype=dtype),
-  }
-  return {name: f() for name, f in make.items()}
+  takes = inspect.signature(METHODS[name]).parameters
+  options: dict[str, Any] = dict(rank=rank)
+  if name not in EIGHT_BIT:
+    options |= dict(inner='adam', state_dtype=dtype)
+  return METHODS[name](1e-3, **{k: v for k, v in options.items() if k in takes})
 
 
 def abstract_params(config: Any, dtype: Dtype) -> Any:
@@ -117,8 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command; returns the exit code."""
   try:
     asked = command_line.parse_flags(sys.argv[1:] if argv is None else argv, Command)
-    print(f'GB (10^9 bytes), everything in {asked.dtype}')
-    print(table(rows(asked.sizes, asked.dtype)))
+    print(f'GB (10^9 bytes), in {asked.dtype}; states where the method lets choose')
+    print(table(rows(asked.sizes, asked.dtype, asked.methods)))
   except errors.ConfigError as e:
     print(f'error: {e}', file=sys.stderr)
     return errors.EXIT_BAD_CONFIG

@@ -18,14 +18,52 @@ from lrjax.models.llama_params import param_specs
 from lrjax.modules.nnx import split
 
 
+class Storage(NamedTuple):
+  """How weights are kept between steps.
+
+  Attributes:
+    store: weights -> what the state holds.
+    load: its inverse, the weights of a step.
+    move: (key, stored, updates) -> stored.
+    specs: (weights, their specs) -> specs of what is stored.
+  """
+
+  store: Callable[[Any], Any]
+  load: Callable[[Any], Any]
+  move: Callable[[jax.Array, Any, Any], Any]
+  specs: Callable[[Any, Any], Any]
+
+
+def storage(experiment: Experiment) -> Storage:
+  """What the config says of the weights."""
+  if experiment.optimizer.weights == 'int8':
+    from lrjax import int8_weights
+
+    dtype = experiment.model.param_dtype
+    return Storage(
+      int8_weights.quantize,
+      lambda stored: int8_weights.dequantize(stored, dtype),
+      int8_weights.apply_updates,
+      int8_weights.weight_specs,
+    )
+  return Storage(
+    store=lambda params: params,
+    load=lambda stored: stored,
+    move=lambda key, stored, updates: optax.apply_updates(stored, updates),
+    specs=lambda params, specs: specs,
+  )
+
+
 class Program(NamedTuple):
   """The compiled parts of one experiment.
 
   Attributes:
     mesh: of devices, axes data, fsdp, tensor.
     batch_sharding: of token arrays (batch, positions).
-    state: the state's tree of `ShapeDtypeStruct`s with shardings: params, fixed, opt,
-      step (updates tried), skipped and bad (not taken: in all, in a row).
+    state: the state's tree of `ShapeDtypeStruct`s with shardings: params (as they are
+      stored), fixed, opt, step (updates tried), skipped and bad (not taken: in all, in a
+      row).
+    weights: the tree of `ShapeDtypeStruct`s of the weights in a step.
     init: `() -> state`.
     step: jitted `(state, tokens) -> (state, metrics)`; donates the state.
     evaluate: jitted `(params, fixed, tokens, mask) -> (nats, count)`.
@@ -36,6 +74,7 @@ class Program(NamedTuple):
   mesh: Mesh
   batch_sharding: NamedSharding
   state: Any
+  weights: Any
   init: Callable[[], Any]
   step: Any
   evaluate: Callable
@@ -67,6 +106,7 @@ def build(experiment: Experiment) -> Program:
   """Everything an experiment computes; nothing is compiled or allocated yet."""
   mesh, tx = make_mesh(experiment), optimizers.make(experiment)
   rate = optimizers.schedule(experiment)
+  kept = storage(experiment)
   model = lambda: Llama(experiment.model, rngs=nnx.Rngs(experiment.seed))
   graphdef, params, fixed = split(nnx.eval_shape(model))
 
@@ -74,19 +114,23 @@ def build(experiment: Experiment) -> Program:
     _, params, fixed = split(model())
     zero = jnp.zeros([], jnp.int32)
     counts = dict(step=zero, skipped=zero, bad=zero)
-    return dict(params=params, fixed=fixed, opt=tx.init(params), **counts)
+    stored = kept.store(params)
+    return dict(params=stored, fixed=fixed, opt=tx.init(params), **counts)
 
   def loss(params: Any, fixed: Any, tokens: jax.Array) -> jax.Array:
     logits = nnx.merge(graphdef, params, fixed)(tokens[:, :-1])
     nats, count = next_token_loss(logits, tokens[:, 1:])
     return nats / count
 
-  def step(state: Any, tokens: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
-    params, fixed = state['params'], state['fixed']
+  def step(state: Any, tokens: jax.Array) -> tuple[Any, dict[str, Any]]:
+    stored, fixed = state['params'], state['fixed']
+    params = kept.load(stored)
     value, grads = jax.value_and_grad(loss)(params, fixed, tokens)
     norm = global_norm(grads)
     updates, opt = tx.update(grads, state['opt'], params)
-    new = dict(params=optax.apply_updates(params, updates), opt=opt)
+    # Only rounding draws from it.
+    key = jax.random.fold_in(jax.random.key(experiment.seed), state['step'])
+    new = dict(params=kept.move(key, stored, updates), opt=opt)
     ok = jnp.isfinite(value) & jnp.isfinite(norm)
     old = {k: state[k] for k in new}
     new = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
@@ -99,6 +143,7 @@ def build(experiment: Experiment) -> Program:
     )
     health = lrjax.health(new['opt'])
     skipped = new['skipped'] + health['skipped_steps']
+    measured = subspaces(new['opt']) if experiment.diagnostics_every else {}
     return new, dict(
       loss=value,
       grad_norm=norm,
@@ -106,18 +151,22 @@ def build(experiment: Experiment) -> Program:
       skipped_steps=skipped,
       bad=new['bad'],
       overdue_refreshes=health['overdue_refreshes'],
+      subspaces=measured,
     )
 
   def evaluate(params: Any, fixed: Any, tokens: jax.Array, mask: jax.Array) -> tuple:
-    logits = nnx.merge(graphdef, params, fixed)(tokens[:, :-1])
+    logits = nnx.merge(graphdef, kept.load(params), fixed)(tokens[:, :-1])
     return next_token_loss(logits, tokens[:, 1:], mask)
+
+  def gradients(params: Any, fixed: Any, tokens: jax.Array) -> Any:
+    return jax.grad(loss)(kept.load(params), fixed, tokens)
 
   specs = param_specs(params)
   abstract = jax.eval_shape(init)
   whole = lambda tree: jax.tree.map(lambda _: PartitionSpec(), tree)
   state_specs = dict(
     whole(abstract),
-    params=specs,
+    params=kept.specs(params, specs),
     fixed=param_specs(fixed),
     opt=lrjax.state_specs(tx, params, specs, mesh),
   )
@@ -134,10 +183,11 @@ def build(experiment: Experiment) -> Program:
     mesh=mesh,
     batch_sharding=batch,
     state=jax.tree.map(place, abstract, shardings),
+    weights=params,
     init=jit(init, out=shardings),
     step=jit(step, shardings, batch, out=(shardings, everywhere), donate=(0,)),
     evaluate=jit(evaluate, *weights, batch, batch, out=everywhere),
-    gradients=jit(jax.grad(loss), *weights, batch, out=weights[0]),
+    gradients=jit(gradients, *weights, batch, out=None),
     tx=tx,
   )
 
@@ -146,3 +196,15 @@ def global_norm(tree: Any) -> jax.Array:
   """Euclidean norm of all leaves together, summed in float32."""
   squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
   return jnp.sqrt(sum(squares, jnp.float32(0)))
+
+
+def subspaces(opt: Any) -> dict[str, jax.Array]:
+  """The diagnostics of an optimizer state: means over all matrices and over each leaf."""
+  found = lrjax.diagnostics(opt)
+  if not found:
+    return {}
+  fields = next(iter(found.values()))._fields
+  of = lambda field: {path: getattr(d, field) for path, d in found.items()}
+  flat = lambda arrays: jnp.concatenate([x.reshape(-1) for x in arrays])
+  whole = {f: flat(of(f).values()).mean() for f in fields}
+  return whole | {f'{f}/{path}': x.mean() for f in fields for path, x in of(f).items()}

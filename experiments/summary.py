@@ -40,6 +40,7 @@ def summarise(
     compile_seconds=compile_seconds,
     steady_ms=_median_ms(timing, False),
     refresh_ms=_median_ms(timing, True),
+    **_subspaces([line for line in metrics if line['split'] == 'subspace']),
     **sizes(program),
     corpus=_flat(corpus.provenance()),
     versions=provenance.versions(),
@@ -50,11 +51,11 @@ def summarise(
 
 def sizes(program: Program) -> dict[str, int]:
   """Numbers and bytes of parameters, gradients and optimizer state, from shapes."""
-  params = program.state['params']
-  report = lrjax.coverage(program.tx, params)
+  stored = jax.tree.leaves(program.state['params'])
+  report = lrjax.coverage(program.tx, program.weights)
   return dict(
-    parameters=sum(x.size for x in jax.tree.leaves(params)),
-    parameter_bytes=report.param_bytes,
+    parameters=sum(x.size for x in jax.tree.leaves(program.weights)),
+    parameter_bytes=sum(x.size * x.dtype.itemsize for x in stored),
     gradient_bytes=report.param_bytes,
     optimizer_bytes=report.state_bytes,
     adam_bytes=report.adam_bytes,
@@ -62,8 +63,20 @@ def sizes(program: Program) -> dict[str, int]:
 
 
 def _median_ms(timing: list[dict], refresh: bool) -> float | None:
-  seconds = [line['seconds'] for line in timing if line['refresh'] == refresh]
+  """Steps that measured subspaces took longer, and do not count."""
+  chosen = [t for t in timing if t['refresh'] == refresh and not t['measured']]
+  seconds = [line['seconds'] for line in chosen]
   return 1e3 * float(np.median(seconds)) if seconds else None
+
+
+def _subspaces(lines: list[dict]) -> dict[str, float]:
+  """Means over the run; 0 stands for what a method has not, and is left out."""
+  found = {}
+  for name in ('captured_energy', 'overlap', 'effective_rank'):
+    values = [float(line[name]) for line in lines if float(line[name]) > 0]
+    if values:
+      found[name] = float(np.mean(values))
+  return found | ({'refreshes': float(lines[-1]['refreshes'])} if lines else {})
 
 
 def _finite(value: Any) -> float | None:

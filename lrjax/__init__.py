@@ -5,7 +5,12 @@ from lrjax import int8_weights
 
 # Bases: how a subspace is found.
 from lrjax.bases import (
+  columns,
+  dct,
   eigh,
+  entries,
+  gaussian,
+  random_orthogonal,
   randomized_svd,
   stored_as,
   subspace_iteration,
@@ -28,13 +33,37 @@ from lrjax.matrices import on_matrices
 from lrjax.moments import adam, factored_rms
 
 # Optimizers.
+from lrjax.optimizers.apollo import (
+  apollo,
+  apollo_mini,
+  scale_by_apollo,
+  scale_by_apollo_mini,
+)
+from lrjax.optimizers.dct_adamw import dct_adamw, scale_by_dct_adamw
+from lrjax.optimizers.dion import dion, scale_by_dion
+from lrjax.optimizers.fira import fira, scale_by_fira
+from lrjax.optimizers.frugal import frugal, scale_by_frugal
 from lrjax.optimizers.galore import galore, scale_by_galore
 from lrjax.optimizers.galore_8bit import galore_8bit, scale_by_galore_8bit
+from lrjax.optimizers.ldadam import ldadam, scale_by_ldadam
+from lrjax.optimizers.owlore import (
+  outlier_ratio,
+  outlier_scores,
+  owlore,
+  scale_by_owlore,
+)
 from lrjax.optimizers.q_galore import q_galore, scale_by_q_galore
+from lrjax.optimizers.trion import scale_by_trion, trion
+
+# Orthogonal factors.
+from lrjax.orthogonalize import newton_schulz, polar
 
 # The remaining parts of the loop.
 from lrjax.refreshes import every, lazy
-from lrjax.residuals import drop, error_feedback
+from lrjax.residuals import drop, error_feedback, scale_full, state_free
+from lrjax.sampling import sampled_layers
+
+# The remaining parts of the loop.
 from lrjax.sharding import state_specs
 from lrjax.transports import keep, projection_aware, reset, rotate_abs, rotate_square
 
@@ -66,39 +95,69 @@ __all__ = [
   'View',
   'adam',
   'affine',
+  'apollo',
+  'apollo_mini',
   'bias_corrected',
   'cast',
+  'columns',
   'coverage',
+  'dct',
+  'dct_adamw',
   'diagnostics',
+  'dion',
   'drop',
   'dynamic8',
   'eigh',
   'eight_bit',
+  'entries',
   'error_feedback',
   'every',
   'factored_rms',
+  'fira',
+  'frugal',
   'galore',
   'galore_8bit',
+  'gaussian',
   'health',
   'hidden_kernels',
   'int8',
   'int8_weights',
   'keep',
   'lazy',
+  'ldadam',
   'low_rank',
+  'newton_schulz',
   'on_matrices',
+  'outlier_ratio',
+  'outlier_scores',
+  'owlore',
+  'polar',
   'projection_aware',
   'q_galore',
+  'random_orthogonal',
   'randomized_svd',
   'reset',
   'rotate_abs',
   'rotate_square',
+  'sampled_layers',
+  'scale_by_apollo',
+  'scale_by_apollo_mini',
+  'scale_by_dct_adamw',
+  'scale_by_dion',
+  'scale_by_fira',
+  'scale_by_frugal',
   'scale_by_galore',
   'scale_by_galore_8bit',
+  'scale_by_ldadam',
+  'scale_by_owlore',
   'scale_by_q_galore',
+  'scale_by_trion',
+  'scale_full',
+  'state_free',
   'state_specs',
   'stored_as',
   'subspace_iteration',
   'svd',
+  'trion',
   'two_sided',
 ]

@@ -9,6 +9,7 @@ import optax
 from lrjax.matrices import MatricesState, Slot, nodes
 from lrjax.observing import Diagnostics, ObservedState
 from lrjax.recording import Row, recording, tree_bytes
+from lrjax.sampling import COUNTED
 from lrjax.views import leaf_path
 
 
@@ -99,11 +100,10 @@ def health(state: Any) -> dict[str, jax.Array]:
   >>> {k: int(v) for k, v in health(state).items()}
   {'skipped_steps': 1, 'overdue_refreshes': 0}
   """
-  found = nodes(state, MatricesState)
   zero = jnp.zeros([], jnp.int32)
-  slots = [s for m in found for s in nodes(m.slots, Slot)]
+  slots = nodes(state, Slot)
   return dict(
-    skipped_steps=sum((m.skipped for m in found), zero),
+    skipped_steps=sum((s.skipped for s in nodes(state, COUNTED)), zero),
     overdue_refreshes=jnp.max(jnp.array([zero, *(s.overdue.max() for s in slots)])),
   )
 

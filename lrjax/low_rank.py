@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lrjax import residuals, transports
+from lrjax.moments import late_correction
 from lrjax.refreshes import every
 from lrjax.types import Basis, Change, MatrixTransform, Refresh, Residual
 
@@ -88,7 +89,7 @@ def low_rank(
     key: jax.Array, g: jax.Array, s: LowRankState
   ) -> tuple[LowRankState, jax.Array]:
     g = residual.before(g, s.residual)
-    b = basis.fit(key, _unit_scale(g), s.basis)
+    b = basis.fit(key, unit_scale(g), s.basis)
     good = jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(b)]).all()
     old, new = (matrix(x, len(g)) if matrix else None for x in (s.basis, b))
     change = NO_CHANGE
@@ -131,8 +132,7 @@ def bias_corrected(tx: MatrixTransform, b1: float, b2: float) -> MatrixTransform
 
   def update(g: jax.Array, s: LowRankState) -> tuple[jax.Array, LowRankState]:
     u, s = tx.update(g, s)
-    t = s.inner.count
-    return u * (jnp.sqrt(1 - b2**t) / (1 - b1**t)), s
+    return u * late_correction(s.inner.count, b1, b2), s
 
   return tx._replace(update=update)
 
@@ -197,7 +197,7 @@ def check_shapes(basis: Basis, b: Any, low: Any, g: Any) -> None:
     )
 
 
-def _unit_scale(g: jax.Array) -> jax.Array:
+def unit_scale(g: jax.Array) -> jax.Array:
   """`g` times the power of two that brings its largest entry near one."""
   return jnp.ldexp(g, -jnp.frexp(jnp.max(jnp.abs(g)))[1])
 

@@ -58,10 +58,11 @@ def on_matrices(
   Args:
     rule: `rank -> MatrixTransform`.
     rank: an int; a fraction of the short side; rules `[(pattern, one of these)]`, the
-      first pattern found in a leaf's path wins; or None for rules without a rank.
-      Matrices whose short side is not larger than the rank go to `rest`.
-    side: which axis is compressed: 'short' (the smaller one, `in` if square), 'long',
-      'in' or 'out'.
+      first pattern found in a leaf's path wins; `d -> rank`, of the compressed side, 0
+      allowed; or None for rules without a rank. Matrices whose short side (for `d ->
+      rank` the compressed one) is not larger than the rank go to `rest`.
+    side: which axis is compressed: 'short' (the smaller one, `in` if square),
+      'short_out' (likewise, `out` if square), 'long', 'in' or 'out'.
     where: which leaves are projected: a pattern searched in the path, or
       `(path, leaf) -> bool`; default `hidden_kernels`.
     weight_dimension_numbers: the matrix axes: a `View` for all leaves, rules
@@ -166,8 +167,8 @@ def on_matrices(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def nodes(tree: Any, kind: type) -> list:
-  """All subtrees of one type, the states of lrjax inside an optax state for example."""
+def nodes(tree: Any, kind: type | tuple[type, ...]) -> list:
+  """All outermost subtrees of a type, states of lrjax in an optax state for example."""
   is_kind = lambda x: isinstance(x, kind)
   return [x for x in jax.tree.leaves(tree, is_leaf=is_kind) if is_kind(x)]
 

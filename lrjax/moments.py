@@ -1,5 +1,6 @@
 """Inner optimizers of our own: what optax has in no form that fits a low-rank space."""
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -87,7 +88,7 @@ def adam(
       else:
         u = m / (jnp.sqrt(v) + eps)
       if bias_correction == 'step':
-        u = u * (jnp.sqrt(c2) / c1)
+        u = u * late_correction(count, b1, b2)
       return u.astype(x.dtype)
 
     store = lambda new, old: jax.tree.map(lambda n, o: n.astype(o.dtype), new, old)
@@ -95,6 +96,22 @@ def adam(
     return out, AdamState(count, store(mu, s.mu), store(nu, s.nu))
 
   return optax.GradientTransformation(init, update)
+
+
+def late_correction(count: jax.Array, b1: Any, b2: Any) -> jax.Array:
+  r""":math:`\sqrt{1 - b_2^t} / (1 - b_1^t)` after t = `count` >= 1 updates.
+
+  >>> print(f'{late_correction(jnp.int32(1), 0.9, 0.999):.7f}')
+  0.3162278
+  """
+
+  def complement(b: Any) -> jax.Array:
+    # Written as 1 - b**t, float32 keeps four digits of 1 - 0.999.
+    if isinstance(b, jax.Array):
+      return -jnp.expm1(count * jnp.log(b))
+    return -jnp.expm1(count * (math.log(b) if b else -math.inf))
+
+  return jnp.sqrt(complement(b2)) / complement(b1)
 
 
 def factored_rms(**kwargs: Any) -> optax.GradientTransformation:

@@ -57,6 +57,11 @@ def record(plan: LeafPlan, slot: Any) -> None:
   )
 
 
+def rows_seen() -> dict[str, Row] | None:
+  """The rows noted so far, by path, if a coverage report is being made."""
+  return _recorder.get()
+
+
 def _worse(row: Row | None) -> bool:
   return row is None or bool(row.note)
 

@@ -106,6 +106,21 @@ def place_slot(slot: Any, rule: MatrixTransform, plan: LeafPlan, x: Any) -> Any:
   return jax.tree.map(place, slot, type(slot)(whole, probe))
 
 
+def place_rows(rows: jax.Array, x: Any, stacked: bool) -> jax.Array:
+  """Places `rows` (n, ...) like the rows of `x`, where it has explicit axes."""
+  spec = _spec(x)
+  if spec is None:
+    return rows
+  return jax.sharding.reshard(
+    rows, PartitionSpec(None, *(spec[1:] if stacked else spec))
+  )
+
+
+def whole(x: jax.Array) -> jax.Array:
+  """`x` on every device, where it has explicit axes."""
+  return x if _spec(x) is None else jax.sharding.reshard(x, PartitionSpec())
+
+
 def outside_explicit(f: Callable, fixed: tuple) -> Callable:
   """`f` with explicit mesh axes handed to the compiler.
 

@@ -71,7 +71,9 @@ class Stack(NamedTuple):
     # u, but not with a select between them.
     u = jnp.where(spread(self.ok, self.plan), from_matrix(u, self.plan), 0)
     state = select(self.ok, state, self.slot.state)
-    return u.astype(self.leaf.dtype), self.slot._replace(state=state)
+    # A state that was started over asks for a refresh; a rule without one is done.
+    overdue = self.slot.overdue * (self.rule.refresh is not None)
+    return u.astype(self.leaf.dtype), Slot(overdue, state)
 
 
 def examine(

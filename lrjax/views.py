@@ -15,7 +15,7 @@ from lrjax.checks import pattern as compiled
 from lrjax.types import View
 
 _DEFAULT = View()
-SIDES = ('short', 'long', 'in', 'out')
+SIDES = ('short', 'short_out', 'long', 'in', 'out')
 _PLAIN = re.compile(
   r'(^|.*/)([^/]*embed[^/]*|wte|wpe|[^/]*lm_head|head|logits|[^/]*norm[^/]*|ln(_?\w)?'
   r'|bias|scale)(/.*|$)',
@@ -147,15 +147,17 @@ def plan_leaf(
   sizes = [math.prod(shape[a] for a in axes[i]) for i in (1, 2)]
   side = {
     'short': 'in' if sizes[0] <= sizes[1] else 'out',
+    'short_out': 'in' if sizes[0] < sizes[1] else 'out',
     'long': 'in' if sizes[0] >= sizes[1] else 'out',
   }.get(side, side)
-  r = rank_of(rank, path, min(sizes))
+  most = (sizes[0] if side == 'in' else sizes[1]) if callable(rank) else min(sizes)
+  r = rank_of(rank, path, most)
   if r is None and rank is not None:
     return LeafPlan(path, shape, reason='no rank rule')
-  if r is not None and min(sizes) <= r:
-    if min(sizes) < r:
+  if r is not None and most <= r:
+    if most < r:
       warnings.warn(
-        f'{path} {shape}: rank {r} exceeds its short side {min(sizes)}, so it goes to'
+        f'{path} {shape}: rank {r} exceeds its short side {most}, so it goes to'
         f' the plain optimizer at no loss',
         stacklevel=2,
       )
@@ -200,7 +202,9 @@ def split_axes(path: str, shape: tuple[int, ...], view: Any) -> tuple:
 
 
 def check_rank(rank: Any) -> None:
-  """Accepts None, an int, a fraction in (0, 1), or rules `[(pattern, any of these)]`."""
+  """Accepts None, an int, a fraction in (0, 1), `d -> int`, rules `[(pattern, rank)]`."""
+  if callable(rank):
+    return
   if isinstance(rank, (list, tuple)):
     if not _is_rules(rank):
       raise TypeError(f'`rank` rules must be pairs (pattern, rank), got {rank!r}')
@@ -214,12 +218,14 @@ def check_rank(rank: Any) -> None:
     positive_int('rank', rank)
 
 
-def rank_of(rank: Any, path: str, short: int) -> int | None:
-  """The rank of a matrix whose short side is `short`."""
+def rank_of(rank: Any, path: str, most: int) -> int | None:
+  """The rank of a matrix that can have `most`."""
+  if callable(rank):
+    return rank(most)
   if isinstance(rank, (list, tuple)):
-    return rank_of(by_rule(rank, path), path, short)
+    return rank_of(by_rule(rank, path), path, most)
   if isinstance(rank, float):
-    return max(1, round(rank * short))
+    return max(1, round(rank * most))
   return rank
 
 

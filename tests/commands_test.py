@@ -45,8 +45,29 @@ def test_compare_writes_one_report_and_keeps_what_is_done(tmp_path, capsys):
   assert 'adamw' in report and 'galore' in report
 
 
+def test_a_study_states_its_size_and_keeps_what_is_done(tmp_path, capsys):
+  flags = {'methods': 'adamw', 'factors': '1', 'seeds': 2, 'name': 'study'}
+  asked = words(tmp_path, flags)
+  assert compare.main(asked) == 0
+  out = capsys.readouterr().out
+  assert '2 runs, 0 of them done, 512 tokens in all' in out and 'about' in out
+  found = sorted(p.name for p in (tmp_path / 'study').iterdir())
+  assert found == ['adamw-lr0.001-s0', 'adamw-lr0.001-s1', 'report']
+  report = (tmp_path / 'study' / 'report' / 'report.md').read_bytes()
+  assert compare.main([*asked, '--resume']) == 0
+  assert 'in all' not in capsys.readouterr().out
+  assert (tmp_path / 'study' / 'report' / 'report.md').read_bytes() == report
+
+
 def test_faults_are_told_in_a_line_with_an_exit_code(tmp_path, capsys):
   missing = {'data.source': 'files', 'data.paths': 'none.txt'}
+  for changes, message in (
+    ({'methods': 'galroe'}, 'adamw_two_rates'),
+    ({'factors': '-1'}, 'factors must be'),
+    ({'seeds': 0}, 'seeds must be'),
+  ):
+    assert compare.main(words(tmp_path, changes)) == 2
+    assert message in capsys.readouterr().err
   for changes, code, message in (
     ({'optimizer.learning_rte': 1}, 2, 'optimizer.learning_rate'),
     ({'optimizer.options.rnk': 4}, 2, 'rank'),
@@ -55,8 +76,12 @@ def test_faults_are_told_in_a_line_with_an_exit_code(tmp_path, capsys):
   ):
     assert train.main(words(tmp_path, changes) + ['--overwrite']) == code
     assert message in capsys.readouterr().err
+  assert memory.main(['--methods', 'galroe']) == 2
+  assert 'galore' in capsys.readouterr().err
   assert memory.main(['--sizes', '61m']) == 2
   assert '60m' in capsys.readouterr().err
+  assert bench.main(['--methods', 'galroe']) == 2
+  assert 'galore' in capsys.readouterr().err
   assert bench.main(['--size', '61m']) == 2
   assert '60m' in capsys.readouterr().err
 
@@ -73,7 +98,8 @@ STATES = {
 
 
 def test_memory_comes_to_the_known_sums():
-  found = {(r.size, r.method): r for r in memory.rows(tuple(STATES), 'bfloat16')}
+  found = memory.rows(tuple(STATES), 'bfloat16', ('adamw', 'galore'))
+  found = {(r.size, r.method): r for r in found}
   for size, (adam, galore) in STATES.items():
     assert found[size, 'adamw'].state / 1e9 == pytest.approx(adam, abs=0.005)
     assert found[size, 'galore'].state / 1e9 == pytest.approx(galore, abs=0.0005)
@@ -81,7 +107,7 @@ def test_memory_comes_to_the_known_sums():
 
 
 def test_memory_prints_a_table(capsys):
-  assert memory.main(['--sizes', '60m', '--dtype', 'float32']) == 0
+  assert memory.main(['--sizes=60m', '--dtype=float32', '--methods=adamw']) == 0
   assert '464,588,8' in capsys.readouterr().out  # Adam of 58,073,600 weights
 
 

@@ -1,17 +1,30 @@
 """The presets, and the command line of experiments."""
 
 import dataclasses
+import inspect
 import json
 import re
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
+import chex
+import jax.numpy as jnp
 import pytest
 
+import lrjax
+from experiments import optimizers
 from experiments.arguments import option_types, parse_args
-from experiments.config import COMPARISONS, PRESETS, Checkpoint, Experiment, Mesh
+from experiments.config import (
+  COMPARISONS,
+  PRESETS,
+  Checkpoint,
+  Experiment,
+  Mesh,
+  Optimizer,
+)
 from experiments.configuring import from_dict, to_dict
 from experiments.errors import ConfigError
+from tests import runner
 
 
 def adamw(
@@ -46,7 +59,8 @@ def parse_one(*argv):
 @pytest.mark.parametrize('run', RUNS, ids=lambda run: run.name)
 def test_presets_survive_json_and_fit_their_methods(run):
   assert from_dict(Experiment, json.loads(json.dumps(to_dict(run)))) == run
-  assert set(run.optimizer.options) <= set(option_types(METHODS[run.optimizer.name]))
+  known = option_types(optimizers.METHODS[run.optimizer.name])
+  assert set(run.optimizer.options) <= set(known)
 
 
 def test_presets_are_the_runs_of_the_paper():
@@ -156,3 +170,80 @@ def test_methods_that_take_any_keyword_are_not_checked():
   argv = ['--optimizer.name=anything', '--optimizer.options.x=1e-3']
   _, (run,) = parse_args(argv, {**METHODS, 'anything': anything})
   assert run.optimizer.options == {'x': 1e-3}
+
+
+def takes_all(
+  learning_rate: float,
+  rank: Any = 128,
+  base_optimizer: Any = None,
+  weight_decay: float = 0.0,
+  mask: Any = None,
+  *,
+  eps: float = 1e-6,
+  basis: str | Callable = 'eigh',
+  basis_dtype: Any = None,
+  limit: float | None = 1.01,
+  where: str | Callable | None = None,
+  seed: int = 0,
+  diagnostics: int | None = None,
+):
+  return dict(locals())
+
+
+def test_an_adapted_optimizer_offers_what_a_config_can_say():
+  method = optimizers.adapt(takes_all)
+  assert option_types(method) == {
+    'inner': optimizers.Inner | None,
+    'b1': float,
+    'b2': float,
+    'state_dtype': optimizers.StateDtype,
+    'rank': int | float,
+    'eps': float,
+    'basis': str,
+    'basis_dtype': optimizers.StateDtype | None,
+    'limit': float | None,
+    'matrix_scale': float,
+  }
+  defaults = {n: p.default for n, p in inspect.signature(method).parameters.items()}
+  assert (defaults['eps'], defaults['inner'], defaults['limit']) == (1e-6, None, 1.01)
+
+
+def test_an_adapted_optimizer_gets_its_own_options_and_a_base():
+  method = optimizers.adapt(takes_all)
+  given = method(0.1, rank=3, basis='svd', limit=None, seed=7)
+  assert given['base_optimizer'] is None and given['basis_dtype'] is None
+  assert (given['rank'], given['basis'], given['limit'], given['seed']) == (
+    3, 'svd', None, 7
+  )  # fmt: skip
+  given = method(0.1, inner='adam', state_dtype='bfloat16', eps=1e-3)
+  state = given['base_optimizer'].init(jnp.zeros(3))
+  assert state.mu.dtype == state.nu.dtype == given['basis_dtype'] == jnp.bfloat16
+  assert given['eps'] == 1e-3
+  with pytest.raises(ValueError, match='state_dtype needs `inner`'):
+    method(0.1, state_dtype='bfloat16')
+
+
+def test_galore_is_adapted_without_a_change():
+  params = {'layers': {'q': {'kernel': jnp.ones((8, 16))}}, 'bias': jnp.ones(3)}
+  grads = {'layers': {'q': {'kernel': jnp.eye(8, 16)}}, 'bias': jnp.arange(3.0)}
+  ours = optimizers.METHODS['galore'](0.1, 0.2, rank=2, b1=0.8, basis='svd', scale=0.5)
+  inner = lrjax.adam(0.8)
+  same = lrjax.galore(
+    0.1, 2, scale=0.5, base_optimizer=inner, weight_decay=0.2, basis='svd'
+  )
+  both = [tx.update(grads, tx.init(params), params) for tx in (ours, same)]
+  chex.assert_trees_all_equal(*both)
+  slow = optimizers.METHODS['galore'](0.1, rank=2, matrix_scale=0.25, scale=1.0)
+  fast = optimizers.METHODS['galore'](0.1, rank=2, scale=0.25)
+  both = [tx.update(grads, tx.init(params), params)[0] for tx in (slow, fast)]
+  chex.assert_trees_all_close(*both, rtol=1e-6)
+
+
+def test_seed_and_diagnostics_are_those_of_the_experiment(monkeypatch):
+  monkeypatch.setitem(optimizers.METHODS, 'all', optimizers.adapt(takes_all))
+  monkeypatch.setattr(optimizers.optax, 'chain', lambda *parts: parts[-1])
+  run = runner.tiny(optimizer=Optimizer('all', 1e-2), seed=5, diagnostics_every=3)
+  given = optimizers.make(run)
+  assert (given['seed'], given['diagnostics']) == (5, 3)
+  given = optimizers.make(dataclasses.replace(run, diagnostics_every=0))
+  assert given['diagnostics'] is None

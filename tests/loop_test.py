@@ -154,7 +154,19 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
 
 
 def test_interrupted_in_an_evaluation_it_evaluates_first_when_it_goes_on(tmp_path):
-  want, _ = run(runner.tiny(name='whole'), tmp_path)
+  measured = runner.tiny(name='whole', diagnostics_every=4)
+  want, lines = run(measured, tmp_path)
+  subspaces = [x for x in lines if x['split'] == 'subspace']
+  assert [x['step'] for x in subspaces] == [1, 5, 9]
+  assert [x['refreshes'] for x in subspaces] == [1, 1, 2]
+  leaves = [k for k in subspaces[-1] if k.startswith('captured_energy/')]
+  assert 'captured_energy/layers/attn/q/kernel' in leaves and len(leaves) == 7
+  mean = np.mean([subspaces[-1][k] for k in leaves])
+  assert subspaces[-1]['captured_energy'] == pytest.approx(mean, rel=1e-5)
+  summary = json.loads((want / 'summary.json').read_text())
+  assert 0 < summary['captured_energy'] <= 1 and 0 < summary['overlap'] <= 1
+  timing = [json.loads(x) for x in (want / 'timing.jsonl').read_text().splitlines()]
+  assert [x['step'] for x in timing if x['measured']] == [1, 5, 9]
 
   class InEvaluation(Preemption):
     calls = 0
@@ -163,7 +175,7 @@ def test_interrupted_in_an_evaluation_it_evaluates_first_when_it_goes_on(tmp_pat
       self.calls += step == 6
       return self.calls > 1
 
-  cut = runner.tiny(name='cut')
+  cut = replace(measured, name='cut')
   with pytest.raises(errors.Interrupted, match='step 6 of 12 is saved'):
     loop.run(cut, tmp_path, InEvaluation())
   directory, _ = run(cut, tmp_path, resume=True)

@@ -309,6 +309,19 @@ def test_strange_names_are_only_text(tmp_path, directory):
     assert len(re.findall(r'(?<!\\)\|', row)) in (0, 4, 9)
 
 
+def test_measured_subspaces_are_drawn(directory):
+  lines = [
+    {'step': i, 'split': 'subspace', 'captured_energy': 0.5, 'overlap': 0.1 * i}
+    for i in (1, 11, 21)
+  ]
+  with open(directory / 'metrics.jsonl', 'a') as file:
+    file.write(''.join(json.dumps(line) + '\n' for line in lines))
+  run = load_run(directory)
+  np.testing.assert_array_equal(run.subspaces[0], [1, 11, 21])
+  np.testing.assert_allclose(run.subspaces[2], [0.1, 1.1, 2.1])
+  assert {'energy.png', 'overlap.png'} <= {*draw_all([run])}
+
+
 def test_a_symlink_is_not_written_through(runs, tmp_path, monkeypatch):
   monkeypatch.setattr('experiments.report.page.draw_all', lambda runs: {})
   target = tmp_path / 'precious'

@@ -4,8 +4,9 @@ import base64
 import html
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from experiments.report import tables
 from experiments.report.plots import draw_all
@@ -19,6 +20,8 @@ _CAPTIONS = {
   'validation.png': 'Loss on the validation set',
   'memory.png': 'Bytes of optimizer state; dashed, what Adam would keep',
   'step_time.png': 'Time of each step; diamonds refresh bases',
+  'energy.png': 'Share of the gradient inside the subspaces, mean over matrices',
+  'overlap.png': 'Share of the subspaces that stayed at their last change',
 }
 _CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff;
@@ -60,27 +63,51 @@ def write_report(
   if not runs:
     raise ValueError('a report needs at least one run')
   loaded = [run if isinstance(run, Run) else load_run(run) for run in runs]
+  more = [tables.details(loaded), tables.settings(loaded), tables.provenance(loaded)]
+  page = Page(
+    title,
+    tables.comparison(loaded),
+    tables.sentences(loaded),
+    {name: (_CAPTIONS[name], p) for name, p in draw_all(loaded).items()},
+    [table for table in more if table.rows],
+  )
+  return write_page(page, out_dir)
+
+
+class Page(NamedTuple):
+  """What a report shows, from top to bottom.
+
+  Attributes:
+    title: heading.
+    table: the main one.
+    sentences: what it says, in words.
+    pictures: file name -> (caption, PNG).
+    tables: those below the pictures.
+  """
+
+  title: str
+  table: tables.Table
+  sentences: Sequence[str]
+  pictures: Mapping[str, tuple[str, bytes]]
+  tables: Sequence[tables.Table]
+
+
+def write_page(page: Page, out_dir: str | os.PathLike) -> Path:
+  """Writes `report.html`, `report.md` and the pictures; returns the first's path."""
   out = Path(out_dir)
   out.mkdir(parents=True, exist_ok=True)
-  pictures = draw_all(loaded)
-  for name, picture in pictures.items():
+  for name, (_, picture) in page.pictures.items():
     write_text(out / name, picture)
-  write_text(out / 'report.md', _markdown(loaded, pictures, title))
-  write_text(out / 'report.html', _html(loaded, pictures, title))
+  write_text(out / 'report.md', _markdown(page))
+  write_text(out / 'report.html', _html(page))
   return out / 'report.html'
 
 
-def _tables(runs):
-  """The tables below the pictures."""
-  found = [tables.details(runs), tables.settings(runs), tables.provenance(runs)]
-  return [table for table in found if table.rows]
-
-
-def _markdown(runs, pictures, title):
-  parts = [f'# {_plain(title)}', _markdown_table(tables.comparison(runs))]
-  parts += map(_plain, tables.sentences(runs))
-  parts += [f'![{_CAPTIONS[name]}]({name})' for name in pictures]
-  for table in _tables(runs):
+def _markdown(page):
+  parts = [f'# {_plain(page.title)}', _markdown_table(page.table)]
+  parts += map(_plain, page.sentences)
+  parts += [f'![{caption}]({name})' for name, (caption, _) in page.pictures.items()]
+  for table in page.tables:
     parts += [f'## {table.title}', _markdown_table(table)]
   return '\n\n'.join(parts) + '\n'
 
@@ -97,18 +124,18 @@ def _plain(text):
   return re.sub(r'([\\`*_|<>\[\]])', r'\\\1', text)
 
 
-def _html(runs, pictures, title):
-  body = [_tag('h1', title), _html_table(tables.comparison(runs))]
-  body += [_tag('p', sentence) for sentence in tables.sentences(runs)]
-  for name, picture in pictures.items():
-    if name != 'overview.png':
-      body.append(_figure(_CAPTIONS[name], picture))
-  for table in _tables(runs):
+def _html(page):
+  body = [_tag('h1', page.title), _html_table(page.table)]
+  body += [_tag('p', sentence) for sentence in page.sentences]
+  for name, (caption, picture) in page.pictures.items():
+    if name != 'overview.png' or len(page.pictures) == 1:
+      body.append(_figure(caption, picture))
+  for table in page.tables:
     body += [_tag('h2', table.title), _html_table(table)]
   return (
     '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-    f'{_tag("title", title)}\n<style>{_CSS}</style>\n</head>\n<body>\n'
+    f'{_tag("title", page.title)}\n<style>{_CSS}</style>\n</head>\n<body>\n'
     + '\n'.join(body)
     + '\n</body>\n</html>\n'
   )

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -41,17 +42,21 @@ def draw_all(runs: Sequence[Run]) -> dict[str, bytes]:
   """
   has_time = any(len(run.timing[0]) for run in runs)
   has_bytes = any(known(run.summary.optimizer_bytes) for run in runs)
+  measured = [run for run in runs if len(run.subspaces[0])]
   panels = {
     'loss.png': loss_over_steps,
     'loss_seconds.png': loss_over_seconds if has_time else None,
     'validation.png': validation if any(len(run.valid[0]) for run in runs) else None,
     'memory.png': memory if has_bytes else None,
     'step_time.png': step_time if has_time else None,
+    'energy.png': energy if measured else None,
+    'overlap.png': overlap if measured else None,
   }
   panels = {name: draw for name, draw in panels.items() if draw}
-  pictures = {name: _picture(runs, [draw]) for name, draw in panels.items()}
-  shown = [draw for name, draw in panels.items() if name != 'validation.png']
-  return {'overview.png': _picture(runs, shown)} | pictures
+  pictures = {name: picture(runs, [draw]) for name, draw in panels.items()}
+  more = ('validation.png', 'energy.png', 'overlap.png')
+  shown = [draw for name, draw in panels.items() if name not in more]
+  return {'overview.png': picture(runs, shown)} | pictures
 
 
 def loss_over_steps(ax, runs: Sequence[Run]) -> None:
@@ -68,8 +73,8 @@ def loss_over_seconds(ax, runs: Sequence[Run]) -> None:
 
 def validation(ax, runs: Sequence[Run]) -> None:
   """Validation loss over the last three quarters of the evaluations."""
-  for run, color, dash in _styled(runs):
-    steps, losses = _finite(*run.valid)
+  for run, color, dash in styled(runs):
+    steps, losses = finite(*run.valid)
     late = slice(len(steps) // 4, None)
     last = fixed(losses[-1]) if len(losses) else MISSING
     ax.plot(
@@ -79,7 +84,7 @@ def validation(ax, runs: Sequence[Run]) -> None:
       color=color,
       marker='o',
       ms=4.5,
-      label=f'{_label(run)}: {last} at the end',
+      label=f'{label(run)}: {last} at the end',
     )
   ax.set(title='Validation loss', xlabel='step', ylabel='loss (nats/token)')
   _legend(ax, runs)
@@ -89,10 +94,10 @@ def memory(ax, runs: Sequence[Run]) -> None:
   """Bytes of optimizer state as bars, against those of Adam as outlines."""
   sizes = [(run.summary.optimizer_bytes, run.summary.adam_bytes) for run in runs]
   longest = max(n for pair in sizes for n in pair if known(n))
-  power, unit = _byte_unit(longest)
-  for i, (run, color, _) in enumerate(_styled(runs)):
+  power, unit = byte_unit(longest)
+  for i, (run, color, _) in enumerate(styled(runs)):
     used, adam = sizes[i]
-    text = f'{_label(run)}: {size(used)}'
+    text = f'{label(run)}: {size(used)}'
     if known(used):
       ax.barh(i, used / power, 0.4, color=color)
     if known(adam):
@@ -110,17 +115,17 @@ def memory(ax, runs: Sequence[Run]) -> None:
 
 def step_time(ax, runs: Sequence[Run]) -> None:
   """Milliseconds of every step; those that refresh bases are diamonds."""
-  for run, color, dash in _styled(runs):
+  for run, color, dash in styled(runs):
     steps, seconds, refresh = run.timing
-    steps, ms, refresh = _finite(steps, 1000 * seconds, refresh)
+    steps, ms, refresh = finite(steps, 1000 * seconds, refresh)
     thin = slice(None, None, 1 + len(steps) // 3000)
     dots = {'color': color, 'ls': 'none'}
     ax.plot(steps[~refresh][thin], ms[~refresh][thin], '.', ms=3, alpha=0.35, **dots)
     ax.plot(steps[refresh], ms[refresh], 'D', ms=6, mec='white', mew=0.6, **dots)
-    label = f'{_label(run)}: {milliseconds(run.summary.steady_ms)}'
+    text = f'{label(run)}: {milliseconds(run.summary.steady_ms)}'
     if known(run.summary.refresh_ms):
-      label += f', refresh {milliseconds(run.summary.refresh_ms)}'
-    ax.plot([], [], dash, color=color, lw=2, label=label)
+      text += f', refresh {milliseconds(run.summary.refresh_ms)}'
+    ax.plot([], [], dash, color=color, lw=2, label=text)
     if not refresh.all():
       ax.axhline(np.median(ms[~refresh]), color=color, ls=dash, lw=1.2)
   ax.set_yscale('log')
@@ -130,32 +135,58 @@ def step_time(ax, runs: Sequence[Run]) -> None:
   # Room above the points for the legend, as a share of the height.
   room = 0.06 + 0.07 * (len(runs) if len(runs) <= 4 else -(-len(runs) // 2))
   ax.set_ylim(low, high * (high / low) ** (min(room, 0.6) / (1 - min(room, 0.6))))
-  _plain_log_ticks(ax)
+  plain_log_ticks(ax)
   _legend(ax, runs)
+
+
+def energy(ax, runs: Sequence[Run]) -> None:
+  """Share of the gradient inside the subspaces, over steps."""
+  _subspaces(ax, runs, 1)
+  ax.set(title='Gradient energy in the subspaces', ylabel='share of squares')
+
+
+def overlap(ax, runs: Sequence[Run]) -> None:
+  """Share of the subspaces that stayed at their last change, over steps."""
+  _subspaces(ax, runs, 2)
+  ax.set(title='Overlap of subspaces one after the other', ylabel='share')
+
+
+def _subspaces(ax, runs, column):
+  for run, color, dash in styled(runs):
+    steps, values = run.subspaces[0], run.subspaces[column]
+    there = values > 0
+    if there.any():
+      ax.plot(
+        steps[there], values[there], dash, color=color, marker='.', label=label(run)
+      )
+  ax.set_ylim(0, 1.02)
+  ax.set_xlabel('step')
+  _legend(ax, [run for run in runs if len(run.subspaces[0])])
 
 
 def _losses(ax, runs, position: Callable):
   starts = []
-  for run, color, dash in _styled(runs):
-    steps, losses = _finite(*run.train)
+  for run, color, dash in styled(runs):
+    steps, losses = finite(*run.train)
     x = position(run, steps)
     ax.plot(x, losses, color=color, alpha=0.22 if len(runs) < 4 else 0.08, lw=0.8)
-    ax.plot(x, _smooth(losses), dash, color=color, lw=1.8, label=_label(run))
+    ax.plot(x, smooth(losses), dash, color=color, lw=1.8, label=label(run))
     starts.extend(losses[:1])
-    steps, losses = _finite(*run.valid)
+    steps, losses = finite(*run.valid)
     dots = {'ms': 5, 'mec': 'white', 'mew': 0.7, 'color': color}
     ax.plot(position(run, steps), losses, 'o', **dots)
   if starts:
     # A run that blows up would squeeze all the others into one line.
     ax.set_ylim(top=max(starts) * 1.06)
   ax.set_yscale('log')
-  _plain_log_ticks(ax)
+  plain_log_ticks(ax)
   ax.set_ylabel('loss (nats/token)')
   ax.plot([], [], 'o', ms=5, color=_GRAY, label='dots: validation')
   _legend(ax, runs)
 
 
-def _picture(runs, draws) -> bytes:
+def picture(runs: Sequence[Any], draws: Sequence[Callable]) -> bytes:
+  """A PNG of `draw(axes, runs)` for each of `draws`, in two columns."""
   import matplotlib
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
@@ -179,23 +210,23 @@ def _picture(runs, draws) -> bytes:
   return file.getvalue()
 
 
-def _styled(runs):
+def styled(runs):
   """Yields (run, color, dash), all different up to 28 runs."""
   for i, run in enumerate(runs):
     yield run, _COLORS[i % len(_COLORS)], _DASHES[i // len(_COLORS) % len(_DASHES)]
 
 
-def _label(run):
+def label(run) -> str:
   """The name as text: matplotlib reads dollars as mathematics."""
   return run.name[:40].replace('$', r'\$')
 
 
-def _finite(x, y, *others):
+def finite(x, y, *others):
   keep = np.isfinite(y)
   return x[keep], y[keep], *(other[keep] for other in others)
 
 
-def _smooth(y):
+def smooth(y: np.ndarray) -> np.ndarray:
   """Centred mean over a fortieth of the run or five steps; narrow at the start."""
   half = max(2, len(y) // 80)
   total = np.concatenate([[0.0], np.cumsum(y)])
@@ -213,7 +244,7 @@ def _legend(ax, runs):
     ax.legend(loc='upper right', ncols=2, fontsize=8.5, **narrow)
 
 
-def _plain_log_ticks(ax):
+def plain_log_ticks(ax):
   from matplotlib import ticker
 
   low, high = ax.get_ylim()
@@ -229,6 +260,6 @@ def _plain_log_ticks(ax):
   ax.yaxis.set_minor_locator(ticker.NullLocator())
 
 
-def _byte_unit(longest):
+def byte_unit(longest):
   powers = {2**40: 'TiB', 2**30: 'GiB', 2**20: 'MiB', 2**10: 'KiB'}
   return next(((p, unit) for p, unit in powers.items() if longest >= p), (1, 'bytes'))

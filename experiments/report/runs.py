@@ -2,7 +2,9 @@
 
 - `config.json`: the `Experiment`.
 - `metrics.jsonl`: `{"step", "split", "loss", ...}` with `split` 'train' or 'valid',
-  the loss in nats a token; one that is not finite is null, 'nan', 'inf' or '-inf'.
+  the loss in nats a token; one that is not finite is null, 'nan', 'inf' or '-inf'; and
+  where subspaces were measured `{"step", "split": "subspace", "captured_energy",
+  "overlap", ...}`.
 - `timing.jsonl`: `{"step", "seconds", "refresh", ...}`, the time of each step alone.
 - `summary.json`: a `Summary`, written at the end.
 
@@ -48,6 +50,11 @@ class Summary:
     versions: of Python and the packages that matter.
     machine: processor, cores, kind and number of devices.
     commit: of the source, with a mark where it was changed.
+    captured_energy: mean share of the gradient's squares inside the subspaces.
+    overlap: mean share of a subspace kept at a refresh.
+    effective_rank: mean effective rank of the gradients.
+    refreshes: of a matrix's subspace, on average.
+    failure: why the run ended before its last step.
   """
 
   steps: int | None = None
@@ -69,6 +76,11 @@ class Summary:
   versions: Mapping[str, Scalar] = dataclasses.field(default_factory=dict)
   machine: Mapping[str, Scalar] = dataclasses.field(default_factory=dict)
   commit: str | None = None
+  captured_energy: float | None = None
+  overlap: float | None = None
+  effective_rank: float | None = None
+  refreshes: float | None = None
+  failure: str | None = None
 
 
 class Run(NamedTuple):
@@ -80,6 +92,7 @@ class Run(NamedTuple):
     train: (steps, losses), arrays of one length, steps ascending.
     valid: the same of the evaluations.
     timing: (steps, seconds, is_refresh), the same of step times.
+    subspaces: (steps, captured energies, overlaps), means over all matrices.
     summary: its final numbers.
   """
 
@@ -88,6 +101,7 @@ class Run(NamedTuple):
   train: tuple[np.ndarray, np.ndarray]
   valid: tuple[np.ndarray, np.ndarray]
   timing: tuple[np.ndarray, np.ndarray, np.ndarray]
+  subspaces: tuple[np.ndarray, np.ndarray, np.ndarray]
   summary: Summary
 
   @property
@@ -129,13 +143,15 @@ def load_run(directory: str | os.PathLike) -> Run:
   summary = _read_object(directory / 'summary.json')
   known = {field.name for field in dataclasses.fields(Summary)}
   summary = {name: value for name, value in summary.items() if name in known}
-  splits: dict[str, dict[int, tuple]] = {'train': {}, 'valid': {}}
+  splits: dict[str, dict[int, tuple]] = {'train': {}, 'valid': {}, 'subspace': {}}
   for where, line in _read_lines(directory / 'metrics.jsonl'):
     step = _number(line, 'step', where, int)
     split = line.get('split', 'train')
     if not isinstance(split, str):
       raise ValueError(f'{where}: split must be a name, got {repr(split)[:80]}')
-    splits.setdefault(split, {})[step] = (_number(line, 'loss', where, float),)
+    names = ('captured_energy', 'overlap') if split == 'subspace' else ('loss',)
+    values = tuple(_number(line, name, where, float) for name in names)
+    splits.setdefault(split, {})[step] = values
   timing = {}
   for where, line in _read_lines(directory / 'timing.jsonl'):
     seconds = _number(line, 'seconds', where, float)
@@ -146,6 +162,7 @@ def load_run(directory: str | os.PathLike) -> Run:
     train=_columns(splits['train'], float),
     valid=_columns(splits['valid'], float),
     timing=_columns(timing, float, bool),
+    subspaces=_columns(splits['subspace'], float, float),
     summary=build(Summary, summary, str(directory / 'summary.json')),
   )
 

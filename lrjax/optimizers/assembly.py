@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from lrjax.checks import finite
-from lrjax.matrices import MatricesState, nodes, on_matrices
+from lrjax.matrices import nodes, on_matrices
+from lrjax.sampling import COUNTED
 from lrjax.views import Where
 
 P = ParamSpec('P')
@@ -129,7 +130,7 @@ def assemble(
   On a step the rule does not take, weights do not decay and schedules stand still.
 
   Args:
-    rule: a transformation made by `on_matrices`, without learning rate.
+    rule: a transformation made by `on_matrices` or `sampled_layers`, without learning rate.
     learning_rate: a number or a schedule.
     weight_decay: strength of the decay, times the learning rate; 0 leaves it out, and
       with it the need for params at `update`.
@@ -156,7 +157,7 @@ def assemble(
   def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple:
     u, rule_state = rule.update(updates, state[0], params, **extra)
     out, tail_state = tail.update(u, state[1], params, **extra)
-    old, new = (nodes(s, MatricesState)[0].count for s in (state[0], rule_state))
+    old, new = (nodes(s, COUNTED)[0].count for s in (state[0], rule_state))
     taken = old != new
     out = jax.tree.map(lambda x: jnp.where(taken, x, 0), out)
     held = jax.tree.map(lambda n, o: jnp.where(taken, n, o), tail_state, state[1])
