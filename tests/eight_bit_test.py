@@ -1,13 +1,17 @@
 """Moments in 8 bits: against bitsandbytes, a transcription, and with every inner."""
 
 import json
+import math
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from oracles import eight_bit as oracle
 from samples import gradients, matrix
 
@@ -164,3 +168,41 @@ def test_state_bytes(shape, rank, want):
   tx = lrjax.scale_by_galore_8bit(rank, min_size=0)
   report = lrjax.coverage(tx, {'kernel': jax.ShapeDtypeStruct(shape, jnp.bfloat16)})
   assert report.rows[0].state_bytes == want
+
+
+def test_stored_moments_are_placed_like_the_moments():
+  mesh = jax.make_mesh((2, 2), ('fsdp', 'tensor'))
+  params = {
+    'kernel': jax.ShapeDtypeStruct((2, 64, 128), jnp.float32),
+    'embed': jax.ShapeDtypeStruct((64, 16), jnp.float32),
+    'small': {'kernel': jax.ShapeDtypeStruct((8, 16), jnp.float32)},
+  }
+  specs = {
+    'kernel': P(None, 'fsdp', 'tensor'),
+    'embed': P('tensor', 'fsdp'),
+    'small': {'kernel': P('fsdp', 'tensor')},
+  }
+  tx = lrjax.scale_by_galore_8bit(4, min_size=512)
+  got = lrjax.state_specs(tx, params, specs, mesh)
+  inner = got.slots['kernel'].state.inner
+  assert inner.mu.codes == inner.nu.codes == P(None, None, 'tensor')
+  assert inner.mu.scale == P(None, None)
+  # Too small to be stored, but for the sizes that roles are told by.
+  assert got.slots['small/kernel'].state.inner.mu == P(None, 'tensor')
+  assert got.rest.mu['embed'] == Dynamic8(P('tensor', 'fsdp'), P(None))
+
+
+def test_a_sharded_step_gathers_scales_alone():
+  mesh = jax.make_mesh((4,), ('tensor',), axis_types=(AxisType.Auto,))
+  put = lambda spec: NamedSharding(mesh, spec)
+  tx = lrjax.eight_bit(lrjax.adam(), min_size=0)
+  g = matrix((4, 512))
+  state = tx.init(g)
+  moment = Dynamic8(put(P(None, 'tensor')), put(P()))
+  where = (put(P(None, 'tensor')), type(state)(put(P()), moment, moment))
+  step = jax.jit(tx.update, in_shardings=where, out_shardings=where)
+  u, _ = step(*jax.device_put((g, state), where))
+  np.testing.assert_allclose(u, tx.update(g, state)[0], atol=1e-6)
+  text = step.lower(g, state).compile().as_text()
+  moved = re.findall(r'\[([\d,]*)\]\S* (?:all-gather|all-to-all|all-reduce)\(', text)
+  assert all(math.prod(map(int, x.split(','))) <= 8 for x in moved if x)

@@ -126,3 +126,13 @@ def test_checkpointed_state_tells_of_the_refresh_policy():
 def test_bad_arguments_are_refused_at_construction(bad, error, message):
   with pytest.raises(error, match=message):
     lrjax.q_galore(**{'learning_rate': 1e-2, 'rank': 4, **bad})
+
+
+def test_weights_decay_by_what_they_were_before_the_update():
+  # The official code decays the updated weights.
+  params = {'w': jnp.full((4, 6), 2.0)}
+  g = {'w': matrix((4, 6))}
+  make = lambda **more: lrjax.q_galore(0.1, 2, base_optimizer=optax.identity(), **more)
+  run = lambda tx: jax.jit(lambda: tx.update(g, tx.init(params), params)[0]['w'])()
+  want = run(make()) - 0.1 * 0.5 * 2.0
+  np.testing.assert_allclose(run(make(weight_decay=0.5)), want, atol=1e-7)
