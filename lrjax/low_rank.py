@@ -77,10 +77,12 @@ def low_rank(
   def init(g: Any) -> LowRankState:
     d, k = g.shape
     b = basis.init(d, k, g.dtype)
+    check_shapes(basis, b, g)
+    return LowRankState(b, start(b, g), residual.init(g), refresh.init())
+
+  def start(b: Any, g: Any) -> Any:
     low = jax.eval_shape(basis.down, b, g)
-    check_shapes(basis, b, low, g)
-    low = jnp.zeros(low.shape, low.dtype)
-    return LowRankState(b, inner.init(low), residual.init(g), refresh.init())
+    return inner.init(jnp.zeros(low.shape, low.dtype))
 
   def due(s: LowRankState, step: jax.Array, phase: jax.Array) -> jax.Array:
     return refresh.due(s.refresh, step, phase)
@@ -97,6 +99,7 @@ def low_rank(
       change = basis.change(s.basis, b, len(g))
     elif old is not None and new is not None:
       change = dense_change(old, new)
+    change = change._replace(start=lambda: start(b, g))
     return s._replace(
       basis=b,
       inner=transport(change, s.inner),
@@ -182,13 +185,18 @@ def check_fits(
   change = NO_CHANGE
   if basis.matrix is not None or basis.change is not None:
     change = dense_change(eye, eye)
-  jax.eval_shape(lambda low: transport(change, inner.init(low)), PROBE)
+
+  def move(low: jax.Array) -> Any:
+    return transport(change._replace(start=lambda: inner.init(low)), inner.init(low))
+
+  jax.eval_shape(move, PROBE)
   p = None if basis.matrix is None else eye
   jax.eval_shape(lambda: refresh.after(refresh.init(), p, p))
 
 
-def check_shapes(basis: Basis, b: Any, low: Any, g: Any) -> None:
+def check_shapes(basis: Basis, b: Any, g: Any) -> None:
   """Raises ValueError if a basis does not lead from a matrix (d, k) back to one."""
+  low = jax.eval_shape(basis.down, b, g)
   back = jax.eval_shape(lambda b, low: basis.up(b, low, g.shape[0]), b, low)
   if back.shape != g.shape:
     raise ValueError(

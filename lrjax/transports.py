@@ -22,8 +22,10 @@ def keep(change: Change, inner: Any) -> Any:
 
 
 def reset(change: Change, inner: Any) -> Any:
-  """Zeros, counts included (FRUGAL)."""
-  return jax.tree.map(jnp.zeros_like, inner)
+  """The state before the first update, counts included (FRUGAL)."""
+  # Not zeros: some states hold constants, optax's Muon its coefficients.
+  assert change.start is not None
+  return change.start()
 
 
 def rotate_abs(change: Change, inner: Any) -> Any:

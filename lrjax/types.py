@@ -56,10 +56,12 @@ class Change(NamedTuple):
   Attributes:
     rotate: `x (r, k) -> C x`.
     square: `x (r, k) -> (C * C) x`.
+    start: `() -> inner state` as it was before the first update; set by the loop.
   """
 
   rotate: Callable
   square: Callable
+  start: Callable | None = None
 
 
 class Basis(NamedTuple):

@@ -27,9 +27,21 @@ unused = Change(paid, paid)
 
 def test_keep_and_reset():
   assert lrjax.keep(unused, ADAM) is ADAM
-  zero = lrjax.reset(unused, ADAM)
-  assert [float(jnp.abs(x).max()) for x in zero] == [0, 0, 0]
-  assert zero.count.dtype == jnp.int32
+  assert lrjax.reset(unused._replace(start=lambda: 'start'), ADAM) == 'start'
+
+
+def test_reset_leaves_the_constants_of_a_state_alone():
+  # Zeros in place of its coefficients would end every update of Muon.
+  muon = optax.contrib.scale_by_muon()
+  rule = lambda rank: lrjax.low_rank(
+    lrjax.svd(rank), muon, refresh=lrjax.every(1), transport=lrjax.reset
+  )
+  tx, g = lrjax.on_matrices(rule, rank=2), {'w': matrix((4, 6))}
+  u, state = tx.update(g, tx.init(g))
+  again, state = tx.update(g, state)
+  np.testing.assert_allclose(again['w'], u['w'], atol=1e-5)
+  assert float(jnp.abs(u['w']).max()) > 0.1
+  assert int(state.slots['w'].state.inner.count) == 1
 
 
 @pytest.mark.parametrize(
