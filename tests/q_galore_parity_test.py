@@ -53,8 +53,10 @@ def rule(meta, name, quant):
   )
 
 
-@pytest.mark.parametrize('kind', ['quant', 'plain'])
-@pytest.mark.parametrize('name', ['tall', 'wide', 'square'])
+@pytest.mark.parametrize(
+  ('name', 'kind'),
+  [('tall', 'quant'), ('wide', 'quant'), ('square', 'quant'), ('wide', 'plain')],
+)
 def test_equals_the_official_projector(recorded, name, kind):
   meta = json.loads(str(recorded['meta']))
   want = {
@@ -79,7 +81,7 @@ def test_equals_the_official_projector(recorded, name, kind):
     queue = want['queue'][t][~np.isnan(want['queue'][t])]
     ours = s.refresh.queue[meta['queue_size'] - len(queue) :]
     # The code compares bases before they are quantized, we the ones that are stored.
-    np.testing.assert_allclose(ours, queue, atol=0.1 if kind == 'quant' else 1e-6)
+    np.testing.assert_allclose(ours, queue, atol=0.06 if kind == 'quant' else 1e-6)
     if kind == 'quant':
       codes = unpack(s.basis).reshape(-1, meta['group_size'])
       np.testing.assert_array_equal(codes, want['codes'][t])
