@@ -59,7 +59,7 @@ def dynamic8(signed: bool = True, block: int = 256) -> Codec:
     blocks = split(x.T, block)
     scale = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True).astype(jnp.float32)
     unit = blocks / jnp.where(scale > 0, scale, 1)
-    codes = jnp.searchsorted(thresholds, unit).astype(jnp.uint8)
+    codes = nearest(jnp.asarray(thresholds), unit)
     if not signed:
       codes = jnp.maximum(codes, (blocks > 0).astype(jnp.uint8))
     return Dynamic8(join(codes, x.T.shape).T, scale[:, 0])
@@ -72,19 +72,28 @@ def dynamic8(signed: bool = True, block: int = 256) -> Codec:
   return Codec(encode, decode)
 
 
+def nearest(thresholds: jax.Array, x: jax.Array) -> jax.Array:
+  """How many of 255 ascending thresholds lie below x, as uint8, by bisection."""
+  # jnp.searchsorted takes 6 times as long on a CPU.
+  codes = jnp.zeros(x.shape, jnp.int32)
+  for step in (128, 64, 32, 16, 8, 4, 2, 1):
+    codes = jnp.where(x > thresholds[codes + step - 1], codes + step, codes)
+  return codes.astype(jnp.uint8)
+
+
 def widened(x: Any, signed: bool) -> Any:
   """A moment as it is computed with: decoded if it is stored in 8 bits."""
-  return dynamic8(signed, _block(x)).decode(x) if isinstance(x, Dynamic8) else x
+  return dynamic8(signed, block_of(x)).decode(x) if isinstance(x, Dynamic8) else x
 
 
 def stored_like(x: jax.Array, like: Any, signed: bool) -> Any:
   """`x` in the form, or else the dtype, of `like`."""
   if isinstance(like, Dynamic8):
-    return dynamic8(signed, _block(like)).encode(x)
+    return dynamic8(signed, block_of(like)).encode(x)
   return x.astype(like.dtype)
 
 
-def _block(x: Dynamic8) -> int:
+def block_of(x: Dynamic8) -> int:
   """The size of its blocks, a power of two, or one that is equivalent."""
   block = 1
   while -(-x.codes.size // block) > x.scale.size:
