@@ -132,7 +132,7 @@ def test_a_sketch_of_rank_r_shrinks_the_ratio_by_the_root_of_its_share():
   g = jnp.asarray(np.random.default_rng(0).standard_normal((n, k)), jnp.float32)
   b = lrjax.gaussian(r)
   low = b.down(b.fit(jax.random.key(0), g, None), g)
-  first = lambda x: ratio(jnp.sign(x), x, x, 'channel')  # Adam's first direction
+  first = lambda x: ratio(jnp.sign(x), x, 'channel')  # Adam's first direction
   share = float(jnp.mean(first(low) / first(g)))
   # The mean of 1 / chi is above 1 / its mean, by 3 / (4 r) = 5 % here.
   np.testing.assert_allclose(share, np.sqrt(r / n) * (1 + 3 / (4 * r)), rtol=0.03)

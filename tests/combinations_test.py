@@ -78,8 +78,8 @@ def reason(basis, inner, refresh, residual, transport):
     and inner in ('factored_rms', 'sgd'),
     'needs a basis with one matrix P': refresh == 'lazy'
     and basis in ('two_sided', 'entries'),
-    'a ratio per channel needs columns': residual in ('fira', 'scale_full')
-    and basis in ('two_sided', 'entries'),
+    'a ratio per channel needs a basis': residual in ('fira', 'scale_full')
+    and basis == 'two_sided',
   }
   return '|'.join(text for text, holds in why.items() if holds)
 

@@ -45,4 +45,5 @@ def stored_as(basis: Basis, codec: Codec) -> Basis:
     matrix=None if matrix is None else lambda b, d: matrix(decode(b), d),
     change=None if change is None else lambda a, b, d: change(decode(a), decode(b), d),
     orthonormal=basis.orthonormal,
+    per_column=basis.per_column,
   )
