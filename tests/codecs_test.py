@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 import lrjax
 from lrjax.codecs.affine import pack, stochastic, unpack
-from lrjax.codecs.dynamic import dynamic_map
+from lrjax.codecs.dynamic import bisector, dynamic_map
 
 FLOATS = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
 
@@ -139,6 +139,17 @@ def test_dynamic8_takes_the_nearest_code_of_its_block(signed):
   np.testing.assert_array_equal(stored.codes, want)
   at = np.repeat(np.asarray(stored.scale), 32)[:100].reshape(25, 4).T
   np.testing.assert_allclose(codec.decode(stored), table[want] * at, rtol=1e-6)
+
+
+@pytest.mark.parametrize('signed', [True, False])
+def test_codes_change_exactly_at_the_thresholds(signed):
+  values = dynamic_map(signed)
+  thresholds = (values[:-1] + values[1:]) / 2
+  near = [np.nextafter(thresholds, np.float32(to)) for to in (-2, 2)]
+  x = np.concatenate([thresholds, *near, values, [1e-8, 1e-30, 0.0]])
+  x = x.astype(np.float32) if signed else np.abs(x).astype(np.float32)
+  want = np.searchsorted(thresholds, x)
+  np.testing.assert_array_equal(jax.jit(bisector(thresholds))(x), want)
 
 
 def test_dynamic8_of_zeros_is_zero():
