@@ -8,7 +8,7 @@ import optax
 
 from lrjax.bases import gaussian
 from lrjax.checks import positive_int
-from lrjax.matrices import MatricesState, on_matrices
+from lrjax.matrices import on_matrices
 from lrjax.optimizers.assembly import Lift
 from lrjax.refreshes import every
 from lrjax.types import Basis, MatrixTransform
@@ -77,9 +77,9 @@ def accumulate_sketches(
   def init(params: Any) -> tuple:
     return mean.init(params), tx.init(params)
 
-  def update(updates: Any, state: tuple, params: Any = None, **extra: Any) -> tuple:
-    sums: MatricesState
-    g, sums = mean.update(updates, state[0], params)
+  def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple:
+    summed: Any = mean.update(updates, state[0], params)
+    g, sums = summed
     full = (sums.count != state[0].count) & (sums.count % steps == 0)
     act = lambda g, s: tx.update(g, s, params, **extra)
     wait = lambda g, s: (jax.tree.map(jnp.zeros_like, g), s)
@@ -117,8 +117,8 @@ def _dense_mean(steps: int) -> optax.GradientTransformation:
   def init(params: Any) -> DenseSum:
     return DenseSum(jax.tree.map(jnp.zeros_like, params), jnp.zeros([], jnp.int32))
 
-  def update(g: Any, state: Any, params: Any = None) -> tuple[Any, DenseSum]:
-    total = jax.tree.map(jnp.add, state.total, g)
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, DenseSum]:
+    total = jax.tree.map(jnp.add, state.total, updates)
     full = state.count + 1 == steps
     out = jax.tree.map(lambda x: jnp.where(full, x / steps, 0), total)
     total = jax.tree.map(lambda x: jnp.where(full, 0, x), total)
