@@ -12,7 +12,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Literal
 
-import lrjax
 from experiments.data.config import DataConfig
 from experiments.schema import Scalar
 from lrjax.models.llama_config import LLAMA_SIZES, LlamaConfig
@@ -299,9 +298,7 @@ _STUDIED = {
   'dct_adamw': _studied('dct_adamw', rank=32, matrix_scale=0.1),
   'trion': _studied('trion', rank=32),
   'dion': _studied('dion', rank=32),
+  'dion2': _studied('dion2'),
 }
-_here = lambda o: o.name in ('adamw', *lrjax.__all__)
-COMPARISONS['optimizers'] = compare(
-  _STUDY, **{name: o for name, o in _STUDIED.items() if _here(o)}
-)
+COMPARISONS['optimizers'] = compare(_STUDY, **_STUDIED)
 SWEEPS = {'optimizers': Sweep(factors=(1 / 3, 1.0, 3.0), seeds=2, extensions=2)}

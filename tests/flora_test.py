@@ -100,7 +100,7 @@ def test_state_bytes():
 @pytest.mark.parametrize(
   ('bad', 'error', 'message'),
   [
-    (dict(kappa=0), ValueError, 'must be at least 1, got 0'),
+    (dict(update_proj_gap=0), ValueError, 'must be at least 1, got 0'),
     (dict(b1=1.5), ValueError, '`b1` must be at least 0 and below 1.0, got 1.5'),
     (dict(clipping_threshold=-1.0), ValueError, '`clipping_threshold`.*got -1.0'),
     (dict(base_optimizer=optax.adafactor(0.1)), ValueError, 'needs parameters'),

@@ -169,7 +169,7 @@ def test_a_two_sided_basis_needs_one_ratio_for_all():
   grads = gradients(SHAPES, 1)
   trajectory(lifted(residuals.fira(per='tensor'), basis=basis), grads[0], grads)
   for r in (residuals.fira(), residuals.scale_full()):
-    with pytest.raises(ValueError, match="keeps columns apart.*per='tensor'"):
+    with pytest.raises(ValueError, match=r"keeps columns apart.*per='tensor'"):
       lrjax.low_rank(basis(2), lrjax.adam(), residual=r)
 
 

@@ -36,7 +36,7 @@ class FloraState(NamedTuple):
 @lifted
 def scale_by_flora(
   rank: Any = 128,
-  kappa: int = 1000,
+  update_proj_gap: int = 1000,
   base_optimizer: optax.GradientTransformation | None = None,
   *,
   b1: float = 0.9,
@@ -53,7 +53,7 @@ def scale_by_flora(
     M \leftarrow b_1 M + (1 - b_1) P^\top u
 
   P (d, r) has independent entries N(0, 1/r) and is drawn from its key whenever it is
-  used. Every `kappa` steps it is drawn anew, and the momentum moves along,
+  used. Every `update_proj_gap` steps it is drawn anew, and the momentum moves along,
   :math:`M \leftarrow P_{new}^\top (b_1 P_{old} M + (1 - b_1) u)`. The update's RMS is
   clipped and multiplied by that of the parameter. P P' is the identity only on average:
   the smaller r, the noisier the momentum, but no direction is lost for long.
@@ -66,7 +66,7 @@ def scale_by_flora(
   Args:
     rank: r: an int, a fraction of the smaller axis, or rules `[(pattern, either)]`; 4 in
       the official code.
-    kappa: steps between new sketches.
+    update_proj_gap: steps between new sketches, kappa of the paper.
     base_optimizer: what normalises the gradient (d, k) ahead of the momentum; default
       Adafactor's `lrjax.factored_rms(decay_rate=0.8, clipping_threshold=None)`.
     b1: decay of the momentum.
@@ -103,7 +103,7 @@ def scale_by_flora(
   clip = optax.identity()
   if clipping_threshold is not None:
     clip = optax.clip_by_block_rms(finite('clipping_threshold', clipping_threshold))
-  refresh = every(kappa)
+  refresh = every(update_proj_gap)
 
   def rule(rank: int) -> MatrixTransform:
     tx = _compressed_momentum(gaussian(rank), base, clip, b1, nesterov)
