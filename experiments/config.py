@@ -272,8 +272,8 @@ _STUDY = replace(
 )
 
 
-def _studied(name, learning_rate=2e-2, weights='float', **options) -> Optimizer:
-  return Optimizer(name, learning_rate, weights=weights, options=options)
+def _studied(name, **options) -> Optimizer:
+  return Optimizer(name, 2e-2, options=options)
 
 
 _LOW_RANK = {'rank': 32, 'update_proj_gap': 30}
@@ -285,7 +285,7 @@ _STUDIED = {
   'galore': _STUDY.optimizer,
   'galore_8bit': _studied('galore_8bit', **_LOW_RANK),
   'q_galore': _studied('q_galore', **_LOW_RANK),
-  'q_galore_int8': _studied('q_galore', weights='int8', **_LOW_RANK),
+  'q_galore_int8': replace(_studied('q_galore', **_LOW_RANK), weights='int8'),
   'golore': _studied('golore', random_after=100.0, **_LOW_RANK),
   'online_subspace_descent': _studied('online_subspace_descent', **_LOW_RANK),
   'subtrack': _studied('subtrack', **_LOW_RANK),
@@ -300,8 +300,8 @@ _STUDIED = {
   'trion': _studied('trion', rank=32),
   'dion': _studied('dion', rank=32),
 }
+_here = lambda o: o.name in ('adamw', *lrjax.__all__)
 COMPARISONS['optimizers'] = compare(
-  _STUDY,
-  **{n: o for n, o in _STUDIED.items() if o.name == 'adamw' or o.name in lrjax.__all__},
+  _STUDY, **{name: o for name, o in _STUDIED.items() if _here(o)}
 )
 SWEEPS = {'optimizers': Sweep(factors=(1 / 3, 1.0, 3.0), seeds=2, extensions=2)}

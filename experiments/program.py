@@ -13,6 +13,7 @@ import lrjax
 from experiments import optimizers
 from experiments.config import Experiment
 from experiments.errors import ConfigError
+from lrjax import int8_weights
 from lrjax.models.llama import Llama, next_token_loss
 from lrjax.models.llama_params import param_specs
 from lrjax.modules.nnx import split
@@ -22,14 +23,14 @@ class Storage(NamedTuple):
   """How weights are kept between steps.
 
   Attributes:
-    store: weights -> what the state holds.
-    load: its inverse, the weights of a step.
+    encode: weights -> what the state holds.
+    decode: its inverse, the weights of a step.
     move: (key, stored, updates) -> stored.
     specs: (weights, their specs) -> specs of what is stored.
   """
 
-  store: Callable[[Any], Any]
-  load: Callable[[Any], Any]
+  encode: Callable[[Any], Any]
+  decode: Callable[[Any], Any]
   move: Callable[[jax.Array, Any, Any], Any]
   specs: Callable[[Any, Any], Any]
 
@@ -37,8 +38,6 @@ class Storage(NamedTuple):
 def storage(experiment: Experiment) -> Storage:
   """What the config says of the weights."""
   if experiment.optimizer.weights == 'int8':
-    from lrjax import int8_weights
-
     dtype = experiment.model.param_dtype
     return Storage(
       int8_weights.quantize,
@@ -47,8 +46,8 @@ def storage(experiment: Experiment) -> Storage:
       int8_weights.weight_specs,
     )
   return Storage(
-    store=lambda params: params,
-    load=lambda stored: stored,
+    encode=lambda params: params,
+    decode=lambda stored: stored,
     move=lambda key, stored, updates: optax.apply_updates(stored, updates),
     specs=lambda params, specs: specs,
   )
@@ -114,7 +113,7 @@ def build(experiment: Experiment) -> Program:
     _, params, fixed = split(model())
     zero = jnp.zeros([], jnp.int32)
     counts = dict(step=zero, skipped=zero, bad=zero)
-    stored = kept.store(params)
+    stored = kept.encode(params)
     return dict(params=stored, fixed=fixed, opt=tx.init(params), **counts)
 
   def loss(params: Any, fixed: Any, tokens: jax.Array) -> jax.Array:
@@ -124,7 +123,7 @@ def build(experiment: Experiment) -> Program:
 
   def step(state: Any, tokens: jax.Array) -> tuple[Any, dict[str, Any]]:
     stored, fixed = state['params'], state['fixed']
-    params = kept.load(stored)
+    params = kept.decode(stored)
     value, grads = jax.value_and_grad(loss)(params, fixed, tokens)
     norm = global_norm(grads)
     updates, opt = tx.update(grads, state['opt'], params)
@@ -155,11 +154,11 @@ def build(experiment: Experiment) -> Program:
     )
 
   def evaluate(params: Any, fixed: Any, tokens: jax.Array, mask: jax.Array) -> tuple:
-    logits = nnx.merge(graphdef, kept.load(params), fixed)(tokens[:, :-1])
+    logits = nnx.merge(graphdef, kept.decode(params), fixed)(tokens[:, :-1])
     return next_token_loss(logits, tokens[:, 1:], mask)
 
   def gradients(params: Any, fixed: Any, tokens: jax.Array) -> Any:
-    return jax.grad(loss)(kept.load(params), fixed, tokens)
+    return jax.grad(loss)(kept.decode(params), fixed, tokens)
 
   specs = param_specs(params)
   abstract = jax.eval_shape(init)

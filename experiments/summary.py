@@ -1,5 +1,6 @@
 """The final numbers of a run, from its files and from shapes."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 
 import lrjax
-from experiments import provenance
+from experiments import optimizers, provenance
 from experiments.config import Experiment
 from experiments.data import Corpus
 from experiments.program import Program
@@ -41,7 +42,7 @@ def summarise(
     steady_ms=_median_ms(timing, False),
     refresh_ms=_median_ms(timing, True),
     **_subspaces([line for line in metrics if line['split'] == 'subspace']),
-    **sizes(program),
+    **sizes(experiment, program),
     corpus=_flat(corpus.provenance()),
     versions=provenance.versions(),
     machine=_flat(provenance.machine()),
@@ -49,10 +50,14 @@ def summarise(
   )
 
 
-def sizes(program: Program) -> dict[str, int]:
-  """Numbers and bytes of parameters, gradients and optimizer state, from shapes."""
+def sizes(experiment: Experiment, program: Program) -> dict[str, int]:
+  """Numbers and bytes of parameters, gradients and optimizer state, from shapes.
+
+  What diagnostics keep belongs to no method, and does not count.
+  """
   stored = jax.tree.leaves(program.state['params'])
-  report = lrjax.coverage(program.tx, program.weights)
+  plain = dataclasses.replace(experiment, diagnostics_every=0)
+  report = lrjax.coverage(optimizers.make(plain), program.weights)
   return dict(
     parameters=sum(x.size for x in jax.tree.leaves(program.weights)),
     parameter_bytes=sum(x.size * x.dtype.itemsize for x in stored),

@@ -14,6 +14,7 @@ from lrjax.bases import (
   entries,
   gaussian,
   grassmann,
+  heaviest,
   random_orthogonal,
   randomized_svd,
   stored_as,
@@ -49,6 +50,7 @@ from lrjax.optimizers.apollo import (
 )
 from lrjax.optimizers.dct_adamw import dct_adamw, scale_by_dct_adamw
 from lrjax.optimizers.dion import dion, scale_by_dion
+from lrjax.optimizers.dion2 import dion2, scale_by_dion2
 from lrjax.optimizers.fira import fira, scale_by_fira
 from lrjax.optimizers.flora import flora, scale_by_flora
 from lrjax.optimizers.frugal import frugal, scale_by_frugal
@@ -77,8 +79,6 @@ from lrjax.orthogonalize import cholesky_qr, newton_schulz, polar
 from lrjax.refreshes import every, lazy
 from lrjax.residuals import drop, error_feedback, scale_full, state_free
 from lrjax.sampling import sampled_layers
-
-# The remaining parts of the loop.
 from lrjax.sharding import state_specs
 from lrjax.transports import (
   keep,
@@ -130,6 +130,7 @@ __all__ = [
   'dct_adamw',
   'diagnostics',
   'dion',
+  'dion2',
   'drop',
   'dynamic8',
   'eigh',
@@ -147,6 +148,7 @@ __all__ = [
   'golore',
   'grassmann',
   'health',
+  'heaviest',
   'hidden_kernels',
   'int8',
   'int8_weights',
@@ -175,6 +177,7 @@ __all__ = [
   'scale_by_apollo_mini',
   'scale_by_dct_adamw',
   'scale_by_dion',
+  'scale_by_dion2',
   'scale_by_fira',
   'scale_by_flora',
   'scale_by_frugal',

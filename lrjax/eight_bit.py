@@ -88,8 +88,7 @@ def decoded(signed: bool) -> Callable:
 
 
 def _map(state: Any, signed: Callable, non_negative: Callable) -> Any:
-  factored = lambda owner, name, x: non_negative(x) if name in FACTORED else x
-  return map_moments(state, signed, non_negative, factored)
+  return map_moments(state, signed, non_negative, factored=non_negative)
 
 
 def _check_roles(inner: optax.GradientTransformation) -> None:
@@ -99,8 +98,7 @@ def _check_roles(inner: optax.GradientTransformation) -> None:
   unknown: list[tuple[str, str, Any]] = []
 
   def note(owner: type, name: str, x: Any) -> Any:
-    if name not in FACTORED:
-      unknown.append((owner.__name__, name, x))
+    unknown.append((owner.__name__, name, x))
     return x
 
   same = lambda x: x

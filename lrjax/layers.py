@@ -41,6 +41,14 @@ class Layers(NamedTuple):
   count: int
   rest: dict[str, int]
 
+  def rows(self, leaves: Sequence[Any], at: jax.Array) -> dict[str, jax.Array]:
+    """Some layers' rows (n, ...) of each group, by path."""
+    return {g.path: stack(leaves, g)[at] for g in self.groups}
+
+  def outside(self, leaves: Sequence[Any]) -> dict[str, Any]:
+    """The leaves outside the layers, by path."""
+    return {path: leaves[i] for path, i in self.rest.items()}
+
 
 def find_layers(tree: Any, where: Where | None = None) -> Layers:
   """Finds the layers of a tree.
@@ -61,22 +69,17 @@ def find_layers(tree: Any, where: Where | None = None) -> Layers:
   >>> find_layers({'layers': [row, row], 'head': row}).groups
   (Group(path='layers/kernel', leaves=(1, 2), stacked=False),)
   """
-  choose, numbered = _chooser(where)
+  choose, numbers = _chooser(where)
   found: dict[str, dict[int | None, tuple[int, Any]]] = {}
   rest = {}
   for i, (keys, x) in enumerate(jax.tree.leaves_with_path(tree)):
     path = leaf_path(keys)
     check_leaf(path, x)
-    match = numbered.search(path)
-    number = match.group(1) if match and numbered.groups else None
+    kind, number = _numbered(path, numbers)
     if not choose(path, x) or (number is None and not x.shape):
       rest[path] = i
-    elif number is None:
-      found.setdefault(path, {})[None] = (i, x)
     else:
-      # With its separator, so that both layouts of a model have the same paths.
-      start, end = match.span(1)
-      found.setdefault(path[: start - 1] + path[end:], {})[int(number)] = (i, x)
+      found.setdefault(kind, {})[number] = (i, x)
   groups = [_group(path, members) for path, members in found.items()]
   return Layers(tuple(groups), _count(found), rest)
 
@@ -104,6 +107,16 @@ def _chooser(where: Where | None) -> tuple[Callable[[str, Any], bool], re.Patter
   if not callable(where):
     raise TypeError(f'`where` must be a pattern or (path, leaf) -> bool, got {where!r}')
   return where, default
+
+
+def _numbered(path: str, numbers: re.Pattern) -> tuple[str, int | None]:
+  """A path without the number of its layer, and that number."""
+  match = numbers.search(path)
+  if not match or not numbers.groups or match.group(1) is None:
+    return path, None
+  # Without the separator, so that both layouts of a model have the same paths.
+  start, end = match.span(1)
+  return (path[:start].rstrip('/_') + path[end:]).lstrip('/'), int(match.group(1))
 
 
 def _group(path: str, members: dict) -> Group:

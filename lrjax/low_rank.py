@@ -181,6 +181,11 @@ def check_fits(
       'this residual keeps what a projection leaves over and needs an orthonormal basis;'
       ' a random sketch is none, and the rest would grow without bound'
     )
+  if residual.per_column and not basis.per_column:
+    raise ValueError(
+      'a ratio per channel needs a basis that keeps columns apart, which a two-sided one'
+      " does not; use per='tensor' with this basis"
+    )
   eye = jnp.eye(PROBE.shape[0])
   change = NO_CHANGE
   if basis.matrix is not None or basis.change is not None:

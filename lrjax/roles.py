@@ -10,7 +10,11 @@ FACTORED = frozenset({'v_row', 'v_col', 'v'})
 
 
 def map_moments(
-  state: Any, signed: Callable, non_negative: Callable, other: Callable | None = None
+  state: Any,
+  signed: Callable,
+  non_negative: Callable,
+  other: Callable | None = None,
+  factored: Callable | None = None,
 ) -> Any:
   """Applies a function to each moment of every named tuple inside an optax state.
 
@@ -19,6 +23,7 @@ def map_moments(
     signed: for the values of fields of first moments, `SIGNED`.
     non_negative: for the values of fields of second moments, `NON_NEGATIVE`.
     other: `(state's type, field name, value) -> value` for what is no moment.
+    factored: for the values of `FACTORED`; default as they are.
 
   Returns:
     A state of the same structure.
@@ -34,6 +39,8 @@ def map_moments(
       return signed(x)
     if name in NON_NEGATIVE:
       return non_negative(x)
+    if name in FACTORED:
+      return factored(x) if factored else x
     if hasattr(x, '_fields'):
       return x._replace(**{k: visit(type(x), k, v) for k, v in x._asdict().items()})
     if isinstance(x, tuple):

@@ -1,23 +1,21 @@
 """Which layers train: an optimizer whose state exists for the active layers alone."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from lrjax import sharding, stacks
-from lrjax.checks import closest, positive_int
+from lrjax.checks import positive_int
+from lrjax.draws import check_active, checked, drawer, log_scores, resolve
 from lrjax.layers import Group, Layers, find_layers, stack, unstack
 from lrjax.matrices import MatricesState
 from lrjax.recording import Row, rows_seen, tree_bytes
 from lrjax.stacks import LARGEST, all_of, select
 from lrjax.views import Where, leaf_path
-
-ORDERS = ('random', 'ascending', 'descending', 'mirror')
-TINY = float(np.finfo(np.float32).tiny)
 
 
 class SampledState(NamedTuple):
@@ -78,7 +76,7 @@ def sampled_layers(
     period: K, steps between draws.
     order: 'random'; 'ascending', 'descending' (n after n layers, going round), 'mirror'
       (half of them from each end towards the middle; n even; an odd middle layer is
-      left out); or `round -> layers (n,)`, ascending, with round = t // K.
+      left out); or `round -> layers (n,)`, all different, with round = t // K.
     probabilities: for 'random': None (all alike); L numbers, need not sum to one; or a
       function from parameters to these, called at `init`. A layer with probability 0
       is drawn only where no other is left.
@@ -95,7 +93,7 @@ def sampled_layers(
 
   Raises:
     ValueError, TypeError: for arguments outside these; at `init` for more active layers
-      than layers, and for as many probabilities as there are no layers.
+      than layers, another number of probabilities, or layers unlike each other.
 
   >>> tx = sampled_layers(optax.sgd(1.0), 1, 10, order='descending')
   >>> grads = {'layers': {'w': jnp.ones((3, 2))}, 'head': jnp.ones(2)}
@@ -104,9 +102,9 @@ def sampled_layers(
   [ 0.  0. -2.] -2.0
   """
   period = positive_int('period', period)
-  _check_active(n_active)
-  draw = _drawer(order, seed)
-  chances = _checked(probabilities, order, n_active)
+  check_active(n_active)
+  draw = drawer(order, seed)
+  chances = checked(probabilities, order, n_active)
   inner = optax.with_extra_args_support(inner)
   plain = inner if rest is None else optax.with_extra_args_support(rest)
 
@@ -120,14 +118,19 @@ def sampled_layers(
   def init(params: Any) -> SampledState:
     count, skipped = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
     layers, leaves = find_layers(params, where), jax.tree.leaves(params)
-    n = _resolve(n_active, layers.count, order)
+    n = resolve(n_active, layers.count, order)
     active = jnp.arange(n, dtype=jnp.int32)
-    scores = _log_scores(chances, params, layers.count)
+    scores = log_scores(chances, params, layers.count)
     if not leaves:  # the placeholder by which optax.tree.map_params finds its way
       state = inner.init(params), plain.init(params)
       return SampledState(count, skipped, active, scores, *state)
-    outside = {path: leaves[i] for path, i in layers.rest.items()}
-    state = init_rows(leaves, layers, n), plain.init(outside)
+    if not layers.count:
+      warnings.warn(
+        f'no leaf belongs to a layer, so all train at every step; choose the layers with'
+        f' `where`. Leaves: {", ".join(layers.rest)}',
+        stacklevel=2,
+      )
+    state = init_rows(leaves, layers, n), plain.init(layers.outside(leaves))
     if rows_seen() is not None:
       paths = [leaf_path(p) for p, _ in jax.tree.leaves_with_path(params)]
       _report(paths, leaves, layers, n, lambda some: init_rows(leaves, some, n))
@@ -141,11 +144,10 @@ def sampled_layers(
     if not jax.tree.leaves(updates):
       return updates, state
 
-    def step(updates: Any, state: SampledState, params: Any, extra: dict) -> tuple:
+    def step(updates: Any, state: Any, params: Any, extra: dict) -> tuple:
       leaves, treedef = jax.tree.flatten(updates)
-      ok = all_of(stacks.largest(x) < LARGEST for x in leaves)
-      leaves = [jnp.where(ok, x, jnp.zeros_like(x)) for x in leaves]
       weights = None if params is None else treedef.flatten_up_to(params)
+      see = lambda part: None if weights is None else part(weights)
 
       def resample() -> tuple:
         scores = state.log_probabilities if callable(chances) else chances
@@ -158,28 +160,25 @@ def sampled_layers(
       active, inner_state = jax.lax.cond(
         state.count % period == 0, resample, lambda: (state.active, state.layers)
       )
-      rows = lambda leaves: {g.path: stack(leaves, g)[active] for g in layers.groups}
-      outside = lambda leaves: {path: leaves[i] for path, i in layers.rest.items()}
-      see = lambda part: None if weights is None else part(weights)
-      run = inner.update if compact else _one_by_one(inner.update, active)
+      rows = lambda leaves: layers.rows(leaves, active)
+      run: Any = inner.update if compact else _one_by_one(inner.update, active)
       u, inner_state = run(rows(leaves), inner_state, see(rows), **extra)
-      out = list(leaves)
+      out = {}
       for g in layers.groups:
-        for i, x in zip(g.leaves, _spread(u[g.path], leaves, g, active, inactive)):
-          out[i] = x
-      u, rest_state = plain.update(outside(leaves), state.rest, see(outside), **extra)
-      for path, i in layers.rest.items():
-        out[i] = u[path]
-      moved = SampledState(
-        optax.safe_increment(state.count),
-        state.skipped,
-        active,
-        state.log_probabilities,
-        inner_state,
-        rest_state,
+        out |= zip(g.leaves, _spread(u[g.path], leaves, g, active, inactive))
+      always: Any = plain.update
+      u, rest = always(layers.outside(leaves), state.rest, see(layers.outside), **extra)
+      out |= {i: u[path] for path, i in layers.rest.items()}
+
+      ok = all_of(stacks.largest(x) < LARGEST for x in leaves)
+      out = [jnp.where(ok, out[i], 0).astype(x.dtype) for i, x in enumerate(leaves)]
+      moved = state._replace(
+        count=optax.safe_increment(state.count),
+        active=active,
+        layers=inner_state,
+        rest=rest,
       )
       held = state._replace(skipped=optax.safe_increment(state.skipped))
-      out = [jnp.where(ok, u, 0).astype(x.dtype) for u, x in zip(out, leaves)]
       return treedef.unflatten(out), select(ok, moved, held)
 
     placed = sharding.outside_explicit(step, (updates, state))
@@ -188,7 +187,7 @@ def sampled_layers(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def only_active(state: SampledState, params: Any, where: Where | None = None) -> Any:
+def only_active(state: Any, params: Any, where: Where | None = None) -> Any:
   """`params` with zeros for the layers that are not active, for decay that spares them.
 
   Args:
@@ -208,95 +207,6 @@ def only_active(state: SampledState, params: Any, where: Where | None = None) ->
     for i, row in zip(g.leaves, unstack(kept, g)):
       out[i] = row
   return treedef.unflatten(out)
-
-
-def _drawer(order: str | Callable, seed: int) -> Callable:
-  """`(round, L, n, log p) -> layers (n,)`, ascending."""
-  if callable(order):
-    return lambda round, total, n, scores: jnp.asarray(order(round), jnp.int32)
-  if order not in ORDERS:
-    raise ValueError(f'unknown `order` {order!r}; {closest(str(order), ORDERS)}')
-
-  def draw(round: jax.Array, total: int, n: int, scores: Any) -> jax.Array:
-    if order == 'random':
-      key = jax.random.fold_in(stacks.stream(seed, 'active layers'), round)
-      # The n largest are a draw one after the other without replacement.
-      found = jax.lax.top_k(jax.random.gumbel(key, (total,)) + scores, n)[1]
-    elif order == 'mirror':
-      half = total // 2
-      found = (round % half * (n // 2) + jnp.arange(n // 2)) % half
-      found = jnp.concatenate([found, total - 1 - found])
-    else:
-      found = (round % total * n + jnp.arange(n)) % total
-      found = found if order == 'ascending' else total - 1 - found
-    return jnp.sort(found).astype(jnp.int32)
-
-  return draw
-
-
-def _check_active(n: Any) -> None:
-  if not isinstance(n, float):
-    positive_int('n_active', n)
-  elif not 0.0 < n <= 1.0:
-    raise ValueError(f'a fractional `n_active` must lie in (0, 1], got {n}')
-
-
-def _resolve(n_active: int | float, total: int, order: Any) -> int:
-  """The number of active layers; 1 in place of a fraction where there are no layers."""
-  n = round(n_active * total) if isinstance(n_active, float) else n_active
-  if not total:
-    return max(1, n)
-  if not 1 <= n <= total:
-    raise ValueError(
-      f'`n_active` {n_active} makes {n} layers active; allowed: 1 to {total}, the'
-      f' number of layers'
-    )
-  if order == 'mirror' and n % 2:
-    raise ValueError(f'order `mirror` takes as many layers from each end, got {n}')
-  return n
-
-
-def _checked(probabilities: Any, order: Any, n_active: int | float) -> Any:
-  """Log-probabilities, 0 where all are alike, or the function that computes them."""
-  if probabilities is None:
-    return 0.0
-  if order != 'random':
-    raise ValueError(f'`probabilities` need `order` random, got {order!r}')
-  if callable(probabilities):
-    return probabilities
-  p = np.asarray(probabilities, np.float64)
-  if p.ndim != 1 or not np.isfinite(p).all() or (p < 0).any():
-    raise ValueError(
-      f'`probabilities` must be one finite number of at least 0 a layer, got'
-      f' {probabilities!r}'
-    )
-  needed = _resolve(n_active, len(p), order)
-  if (p > 0).sum() < needed:
-    raise ValueError(
-      f'`probabilities` are above 0 for {(p > 0).sum()} layers; at least `n_active` ='
-      f' {needed} are needed'
-    )
-  return np.log(np.maximum(p / p.sum(), TINY)).astype(np.float32)
-
-
-def _log_scores(chances: Any, params: Any, total: int) -> Any:
-  """What of the probabilities is state; zeros stand in while parameters are abstract."""
-  if not callable(chances):
-    if np.ndim(chances) and total and len(chances) != total:
-      raise ValueError(
-        f'`probabilities` has {len(chances)} entries for {total} layers; one each'
-      )
-    return ()
-  leaves = jax.tree.leaves(params)
-  if not total or any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
-    return jnp.zeros(max(1, total), jnp.float32)
-  scores = chances(params)
-  if scores.shape != (total,):
-    raise ValueError(
-      f'`probabilities` returned shape {scores.shape} for {total} layers; one each'
-    )
-  p = scores / jnp.maximum(scores.sum(), TINY)
-  return sharding.whole(jnp.log(jnp.maximum(p, TINY)).astype(jnp.float32))
 
 
 def _blank(x: Any, group: Group, n: int) -> Any:
@@ -377,10 +287,9 @@ def _report(
       if paths[i] != first:
         row = row._replace(state_bytes=0, note=f'{note}; state counted at {first}')
       seen[paths[i]] = row
-  for path in layers.rest:
-    seen.setdefault(
-      path, Row(path, tuple(leaves[layers.rest[path]].shape), '', None, 0, None, 'rest')
-    )
+  for path, x in layers.outside(leaves).items():
+    row = Row(path, tuple(x.shape), '', None, 0, None, 'always active')
+    seen.setdefault(path, row)
 
 
 def _check_like_init(state: Any, like: SampledState) -> None:

@@ -77,6 +77,7 @@ class Basis(NamedTuple):
       diagnostics; None where there is no single P.
     change: `(b_old, b_new, d) -> Change`; None: products with the two P.
     orthonormal: whether `up(down(g))` is a projection, up to rounding.
+    per_column: whether column j of `down(g)` comes from column j of g alone.
   """
 
   init: Callable
@@ -86,6 +87,7 @@ class Basis(NamedTuple):
   matrix: Callable | None = None
   change: Callable | None = None
   orthonormal: bool = True
+  per_column: bool = True
 
 
 class Refresh(NamedTuple):
@@ -113,12 +115,14 @@ class Residual(NamedTuple):
     before: `(g, s) -> g`, ahead of the projection.
     after: `(g, low (r, k), u (r, k), up, s) -> (update (d, k), s)`.
     projects: whether it relies on `up(down(g))` being a projection.
+    per_column: whether it compares columns of g with those of `down(g)`.
   """
 
   init: Callable
   before: Callable
   after: Callable
   projects: bool = False
+  per_column: bool = False
 
 
 class Codec(NamedTuple):

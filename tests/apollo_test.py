@@ -9,6 +9,7 @@ from oracles import apollo as oracle
 from samples import gradients, matrix
 
 import lrjax
+from lrjax.residuals.scaled import ratio
 from lrjax.testing import trajectory
 
 SHAPES = {'tall': (12, 8), 'wide': (8, 12), 'square': (8, 8)}
@@ -46,7 +47,7 @@ def test_equals_the_transcription(mini):
 
 
 def test_mini_is_rank_one_with_one_ratio():
-  grads = gradients(SHAPES, 3)
+  grads = gradients({'w': (8, 12)}, 3)
   want = lrjax.scale_by_apollo(1, 2, 128.0, scale_type='tensor', scale_front=True)
   want, _ = trajectory(want, grads[0], grads)
   mini = lrjax.scale_by_apollo_mini(2, scale_front=True)
@@ -60,14 +61,14 @@ def test_the_first_update_in_closed_form():
   found, (u,) = sketches_of(lrjax.scale_by_apollo(3, eps=0.0), [g], 3)
   low = found['w'][0].T @ g['w']
   want = g['w'] * jnp.sqrt(3.0) / jnp.linalg.norm(low, axis=0, keepdims=True)
-  np.testing.assert_allclose(u['w'], want, rtol=1e-4)
+  np.testing.assert_allclose(u['w'], want, rtol=1e-5)
 
 
 def test_square_matrices_have_a_ratio_for_each_output_channel():
   g = {'w': matrix((8, 8), decay=1.0)}
   out, _ = trajectory(lrjax.scale_by_apollo(3), g, [g])
   quotient = np.asarray(out[0]['w'] / g['w'])
-  np.testing.assert_allclose(quotient, quotient[:1] + 0 * quotient, rtol=1e-4)
+  np.testing.assert_allclose(quotient, quotient[:1] + 0 * quotient, rtol=1e-5)
   assert quotient[0].std() > 0.01
 
 
@@ -106,13 +107,13 @@ def test_a_restored_run_draws_the_same_sketches():
 
 
 def test_a_stored_sketch_is_the_one_that_is_drawn():
-  grads = gradients(SHAPES, 3)
+  grads = gradients({'w': (8, 12)}, 3)
   want, _ = trajectory(lrjax.scale_by_apollo(3, 2), grads[0], grads)
   stored = lrjax.scale_by_apollo(3, 2, basis=lambda r: lrjax.gaussian(r, stored=True))
   out, state = trajectory(stored, grads[0], grads)
   for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(want)):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-  assert state.slots['wide'].state.basis.shape == (8, 3)
+  assert state.slots['w'].state.basis.shape == (8, 3)
 
 
 def test_sketches_keep_norms_on_average():
@@ -126,6 +127,17 @@ def test_sketches_keep_norms_on_average():
   np.testing.assert_allclose(square.std(0) / want, np.full(4, np.sqrt(0.5)), rtol=0.05)
 
 
+def test_a_sketch_of_rank_r_shrinks_the_ratio_by_the_root_of_its_share():
+  n, k, r = 64, 256, 16
+  g = jnp.asarray(np.random.default_rng(0).standard_normal((n, k)), jnp.float32)
+  b = lrjax.gaussian(r)
+  low = b.down(b.fit(jax.random.key(0), g, None), g)
+  first = lambda x: ratio(jnp.sign(x), x, 'channel')  # Adam's first direction
+  share = float(jnp.mean(first(low) / first(g)))
+  # The mean of 1 / chi is above 1 / its mean, by 3 / (4 r) = 5 % here.
+  np.testing.assert_allclose(share, np.sqrt(r / n) * (1 + 3 / (4 * r)), rtol=0.03)
+
+
 def test_a_sketch_may_be_wider_than_the_matrix_but_is_no_projection():
   g, b = matrix((4, 6)), lrjax.gaussian(8)
   state = b.init(4, 6, g.dtype)
@@ -133,6 +145,13 @@ def test_a_sketch_may_be_wider_than_the_matrix_but_is_no_projection():
   assert b.up(state, b.down(state, g), 4).shape == (4, 6)
   with pytest.raises(ValueError, match='orthonormal'):
     lrjax.low_rank(b, lrjax.adam(), residual=lrjax.error_feedback())
+
+
+def test_a_codec_on_a_key_is_refused():
+  params = {'w': matrix((8, 12))}
+  basis = lambda r: lrjax.stored_as(lrjax.gaussian(r), lrjax.cast(jnp.bfloat16))
+  with pytest.raises(TypeError, match='spoil the uint32 numbers'):
+    lrjax.scale_by_apollo(3, basis=basis).init(params)
 
 
 def test_the_limiter_does_not_lock_after_a_zero_gradient():
@@ -152,7 +171,7 @@ def test_a_basis_by_svd():
   out, state = trajectory(lrjax.scale_by_apollo(3, basis='svd'), grads[0], grads)
   assert state.slots['w'].state.basis.shape == (8, 3)
   quotient = np.asarray(out[0]['w'] / grads[0]['w'])
-  np.testing.assert_allclose(quotient, quotient[:1] + 0 * quotient, rtol=1e-4)
+  np.testing.assert_allclose(quotient, quotient[:1] + 0 * quotient, rtol=1e-5)
 
 
 @pytest.mark.parametrize(('d', 'k', 'r'), [(8, 12, 3), (4096, 11008, 256)])
@@ -169,13 +188,14 @@ def test_state_bytes(d, k, r):
 @pytest.mark.parametrize('name', ['apollo', 'apollo_mini'])
 def test_hyperparameters_can_be_injected(name):
   params = {'w': matrix((8, 12)), 'bias': jnp.ones(3)}
-  static = ('rank', 'update_proj_gap') if name == 'apollo' else 'update_proj_gap'
-  make = getattr(lrjax, name)
-  tx = optax.inject_hyperparams(make, static_args=static)(0.1, weight_decay=0.1)
-  more = {'w': jnp.tile(params['w'], (20, 20)), 'bias': params['bias']}
-  out, state = trajectory(tx, more, [more])
-  want, _ = trajectory(make(0.1, weight_decay=0.1), more, [more])
-  np.testing.assert_allclose(out[0]['w'], want[0]['w'], rtol=1e-4)
+  fixed = (
+    dict(rank=3, update_proj_gap=2) if name == 'apollo' else dict(update_proj_gap=2)
+  )
+  make, args = getattr(lrjax, name), dict(learning_rate=0.1, weight_decay=0.1, **fixed)
+  tx = optax.inject_hyperparams(make, static_args=tuple(fixed))(**args)
+  out, state = trajectory(tx, params, [params])
+  want, _ = trajectory(make(**args), params, [params])
+  np.testing.assert_allclose(out[0]['w'], want[0]['w'], rtol=1e-5)
   assert {'learning_rate', 'scale', 'growth_limit'} <= set(state.hyperparams)
 
 

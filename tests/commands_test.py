@@ -4,7 +4,10 @@ import json
 
 import pytest
 
+import lrjax
 from experiments import bench, compare, memory, train
+from experiments.config import PRESETS
+from experiments.optimizers import METHODS
 
 pytestmark = pytest.mark.slow
 SMALL = {
@@ -104,6 +107,49 @@ def test_memory_comes_to_the_known_sums():
     assert found[size, 'adamw'].state / 1e9 == pytest.approx(adam, abs=0.005)
     assert found[size, 'galore'].state / 1e9 == pytest.approx(galore, abs=0.0005)
     assert found[size, 'adamw'].weights == found[size, 'galore'].gradients
+
+
+# Bytes of one matrix (d, k), d compressed, in float32, by the papers; counts at the end.
+FORMULAS = {
+  'galore': lambda d, k, r: 4 * (r * d + 2 * r * k) + 8,
+  'galore_8bit': lambda d, k, r: 4 * r * d + 2 * dynamic8(r * k) + 8,
+  'q_galore': lambda d, k, r: (
+    d * ceil(r, 2) + 8 * ceil(r * d, 256) + 2 * dynamic8(r * k) + 8 + 4 * 5 + 8
+  ),
+  'golore': lambda d, k, r: 4 * (r * d + 2 * r * k) + 12,
+  'subtrack': lambda d, k, r: 4 * (r * d + 2 * r * k + 1) + 12,
+  'fira': lambda d, k, r: 4 * (r * d + 2 * r * k + 1) + 8,
+  'apollo': lambda d, k, r: 4 * 2 * r * k + 20,
+  'apollo_mini': lambda d, k, r: 4 * 2 * k + 20,
+  'frugal': lambda d, k, r: 4 * (2 * (d // 4) * k + d // 4) + 8,
+  'ldadam': lambda d, k, r: 4 * (r * d + 2 * r * k + d * k) + 8,
+  'dct_adamw': lambda d, k, r: 4 * (2 * r * k + r) + d * k + 4 * k + 8,
+  'trion': lambda d, k, r: 4 * (d * k + r) + 4,
+  'dion': lambda d, k, r: 4 * (d * k + r * d) + 4,
+}
+
+
+def ceil(n, m):
+  return -(-n // m)
+
+
+def dynamic8(n):
+  return n + 4 * ceil(n, 256)
+
+
+@pytest.mark.parametrize('size', ['60m', '7b'])
+def test_memory_follows_the_formulas(size):
+  experiment = PRESETS[f'galore_{size}']
+  rank = experiment.optimizer.options['rank']
+  params = memory.abstract_params(experiment.model, 'float32')
+  for name in FORMULAS.keys() & METHODS.keys():
+    found = lrjax.coverage(memory.with_rank(name, rank, 'float32'), params)
+    rows = [row for row in found.rows if row.stack]
+    assert len(rows) == 7
+    for row in rows:
+      d, k = sorted(row.shape[-2:])
+      expected = row.stack * FORMULAS[name](d, k, rank)
+      assert row.state_bytes == expected, (name, row, expected)
 
 
 def test_memory_prints_a_table(capsys):

@@ -38,6 +38,7 @@ METHODS = {
   ),
   # Without factors of the fans, which a transposed matrix is meant to change.
   'trion': lrjax.scale_by_trion(4, scaling='none'),
+  'dion2': lrjax.scale_by_dion2(4, scaling='none'),
   'dion': lrjax.scale_by_dion(4, scaling='none', orth='cholesky_qr'),
   'flora': lrjax.scale_by_flora(4, 3),
   'golore': lrjax.scale_by_golore(**SMALL, random_after=1),

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from oracles import dct as oracle
 from samples import gradients, matrix
 
 import lrjax
-from lrjax.bases.dct import carry, columns, idct, makhoul
+from lrjax.bases.dct import columns, idct, makhoul
 from lrjax.testing import trajectory
 
 PATHS = ('matmul', 'fft')
@@ -105,7 +106,7 @@ def test_kept_columns_carry_their_moments_bit_for_bit():
     ([0, 2, 3, 5], 0 * x),
     ([4, 7, 9, 11], jnp.stack([x[1], 0 * x[0], x[3], 0 * x[0]])),
   ):
-    change = carry(old, jnp.array(new))
+    change = lrjax.dct(4).change(old, jnp.array(new), 12)
     np.testing.assert_array_equal(change.rotate(x), want)
     np.testing.assert_array_equal(change.square(x), want)
     P = lambda i: columns(jnp.asarray(i), 12, jnp.float32)
@@ -138,8 +139,12 @@ def test_full_rank_with_a_plain_inner_is_the_gradient():
     np.testing.assert_allclose(u['w'], g['w'], atol=1e-5)
 
 
-@pytest.mark.parametrize('codec', [None, lrjax.int8()], ids=['full', 'int8'])
-def test_updates_and_the_last_error_sum_to_the_gradients(codec):
+@pytest.mark.parametrize(
+  ('codec', 'part'),
+  [(None, 1e-5), (lrjax.int8(), 1 / 254), (lrjax.affine(bits=4), 1 / 15)],
+  ids=['full', 'int8', 'int4'],
+)
+def test_updates_and_the_last_error_sum_to_the_gradients(codec, part):
   residual = lrjax.error_feedback(codec=codec)
   rule = lambda rank: lrjax.low_rank(
     lrjax.dct(rank), optax.identity(), refresh=lrjax.every(1), residual=residual
@@ -150,9 +155,8 @@ def test_updates_and_the_last_error_sum_to_the_gradients(codec):
   e = codec.decode(e) if codec else e
   got = sum(u['w'] for u in out) + e
   want = sum(g['w'] for g in grads)
-  # int8 rounds E eight times, each time by at most its largest entry / 254.
-  atol = 8 * float(jnp.abs(e).max()) / 254 if codec else 1e-5
-  np.testing.assert_allclose(got, want, atol=atol)
+  # A codec rounds E eight times, each time by at most this part of its largest entry.
+  np.testing.assert_allclose(got, want, atol=8 * part * float(jnp.abs(e).max()))
 
 
 # --- Defects of the released code that are not repeated here.
@@ -184,6 +188,13 @@ def test_defect_8_bit_feedback_divides_by_15():
   assert error <= np.abs(e).max() / 254 * 1.0001  # 15 levels would leave up to 1/30
 
 
+def test_defect_4_bit_feedback_returns_values_in_other_places():
+  e, codec = normal((6, 16)), lrjax.affine(bits=4, group=16)
+  error = np.abs(codec.decode(codec.encode(jnp.asarray(e))) - e)
+  step = (e.max(axis=1, keepdims=True) - e.min(axis=1, keepdims=True)) / 15
+  assert (error <= 0.501 * step).all()
+
+
 def test_defect_more_than_two_axes_are_never_updated():
   grads = {'stack': {'kernel': jnp.stack([matrix((8, 12), i) for i in range(2)])}}
   tx = lrjax.scale_by_dct_adamw(3)
@@ -193,7 +204,7 @@ def test_defect_more_than_two_axes_are_never_updated():
 
 def test_defect_rotation_writes_into_its_own_input():
   x = jnp.asarray(normal((3, 5)))
-  swap = carry(jnp.array([1, 4, 6]), jnp.array([4, 6, 7]))
+  swap = lrjax.dct(3).change(jnp.array([1, 4, 6]), jnp.array([4, 6, 7]), 8)
   np.testing.assert_array_equal(swap.rotate(x), jnp.stack([x[1], x[2], 0 * x[0]]))
 
 
@@ -223,19 +234,34 @@ def test_defect_without_rotation_moments_of_different_columns_mix():
 # --- Memory and arguments.
 
 
+def test_hyperparameters_can_be_injected():
+  params = {'w': matrix((8, 12))}
+  static = ('rank', 'update_proj_gap')
+  for method in (lrjax.dct_adamw, lrjax.trion):
+    make = optax.inject_hyperparams(method, static_args=static)
+    tx = make(learning_rate=optax.linear_schedule(0.1, 0.0, 4), rank=3)
+    out, state = trajectory(tx, params, [params] * 2)
+    want, _ = trajectory(method(0.1, rank=3), params, [params])
+    np.testing.assert_allclose(out[0]['w'], want[0]['w'], atol=1e-6)
+    assert {'learning_rate', 'weight_decay'} <= set(state.hyperparams)
+
+
 @pytest.mark.parametrize(
   ('feedback', 'd', 'k', 'rank'),
   [
     ('none', 8, 12, 3),
     ('full', 8, 12, 3),
     ('int8', 8, 12, 3),
+    ('int4', 8, 12, 3),
+    ('int4', 4096, 11008, 256),
     ('int8', 4096, 11008, 256),
   ],
 )
 def test_state_bytes(feedback, d, k, rank):
   tx = lrjax.scale_by_dct_adamw(rank, error_feedback=feedback)
   params = {'w': jax.ShapeDtypeStruct((k, d), jnp.bfloat16)}
-  e = {'none': 0, 'full': 4 * d * k, 'int8': d * k + 4 * k}[feedback]
+  int4 = d * k // 2 + 8 * math.ceil(d * k / 256)
+  e = dict(none=0, full=4 * d * k, int8=d * k + 4 * k, int4=int4)[feedback]
   counts = 4 + 4 + 4 + 4  # steps, skipped, overdue, Adam's
   want = (
     8 * rank * k + 4 * rank + e + counts + 4
@@ -253,7 +279,7 @@ def test_state_bytes(feedback, d, k, rank):
     (
       lambda: lrjax.dct_adamw(1e-3, error_feedback='int3'),
       ValueError,
-      "`error_feedback` 'int3'.*full, int8, none",
+      "`error_feedback` 'int3'.*full, int4, int8, none",
     ),
     (
       lambda: lrjax.dct_adamw(1e-3, error_feedback=8),
@@ -269,14 +295,14 @@ def test_bad_arguments_are_refused(make, error, message):
     make()
 
 
+@pytest.mark.parametrize('transport', [lrjax.rotate_abs, lrjax.reset])
 @pytest.mark.parametrize('basis', [lrjax.dct, lrjax.svd], ids=['dct', 'svd'])
-def test_other_bases_and_muon_fit(basis):
-  """Low-rank Muon is the loop with optax's Muon inside."""
+def test_low_rank_muon_is_the_loop_with_optaxs_muon_inside(basis, transport):
   rule = lambda rank: lrjax.low_rank(
     basis(rank),
     optax.contrib.scale_by_muon(nesterov=False),
     refresh=lrjax.every(2),
-    transport=lrjax.rotate_abs,
+    transport=transport,
   )
   grads = [
     {'w': jnp.stack([g['a'], g['b']])}

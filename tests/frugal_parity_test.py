@@ -1,7 +1,5 @@
 """FRUGAL against recorded trajectories of its official code."""
 
-import json
-import pathlib
 from typing import NamedTuple
 
 import jax
@@ -9,20 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from parity.inputs import read
 
 import lrjax
 
-VECTORS = pathlib.Path(__file__).parent / 'parity' / 'frugal.npz'
 SHAPES = ['tall', 'wide']
 
 
 def recorded(*names):
-  with np.load(VECTORS, allow_pickle=False) as f:
-    return json.loads(str(f['meta'])), *(f[name] for name in names)
+  meta, arrays = read('frugal')
+  return meta, *(arrays[name] for name in names)
 
 
 def follows(tx, meta, start, grads, expected):
-  """Runs `tx` on one leaf with the official decoupled decay and compares all weights."""
+  """Runs `tx` on one leaf with the official decoupled decay and compares the weights."""
   decay = 1 - meta['lr'] * meta['weight_decay']
 
   @jax.jit
@@ -31,12 +29,12 @@ def follows(tx, meta, start, grads, expected):
     return w * decay - meta['lr'] * u['layers']['kernel'], state
 
   w, state = jnp.asarray(start), tx.init({'layers': {'kernel': start}})
-  worst = 0.0
-  for g, want in zip(grads, expected):
+  path = []
+  for g in grads:
     w, state = step(w, state, g)
-    worst = max(worst, float(np.abs(w - want).max()))
-  print(f'largest difference {worst:.1e}')
-  # Measured: 6e-7 at most.
+    path.append(w)
+  worst = np.abs(np.stack([path[t] for t in meta['kept']]) - expected).max()
+  # Measured: 2.0e-6 for svd, whose small projections Adam blows up; 1.1e-6 for the rest.
   assert worst <= 2.1e-6
   return state
 

@@ -23,11 +23,10 @@ def test_equals_the_transcription(feedback):
   out, state = trajectory(tx, grads[0], grads)
   for name in SHAPES:
     want, error = oracle.ldadam([g[name] for g in grads], rank=3, feedback=feedback)
-    # Updates of size 1; a QR at each step hands rounding on, measured: 6e-6.
-    np.testing.assert_allclose(np.stack([u[name] for u in out]), want, atol=2e-5)
+    np.testing.assert_allclose(np.stack([u[name] for u in out]), want, atol=1e-5)
     if feedback:
       got = state.slots[name].state.error
-      np.testing.assert_allclose(got, error, atol=2e-5)
+      np.testing.assert_allclose(got, error, atol=1e-5)
 
 
 def test_square_matrices_are_compressed_along_out_as_in_the_official_code():
@@ -51,8 +50,8 @@ def run(rule, grads):
 
 def test_nothing_is_left_over_at_full_rank():
   grads = [matrix((4, 6), seed, decay=1.0) for seed in range(4)]
-  out, states = run(ldadam_rule(lrjax.svd(4)), grads)
-  for g, u, s in zip(grads, out, states):
+  _, states = run(ldadam_rule(lrjax.svd(4)), grads)
+  for s in states:
     P = np.asarray(s.basis)
     np.testing.assert_allclose(P @ P.T, np.eye(4), atol=1e-5)
     np.testing.assert_allclose(s.error, np.zeros((4, 6)), atol=1e-5)
@@ -82,8 +81,7 @@ def test_gradients_within_one_subspace_need_no_feedback():
   out, states = run(ldadam_rule(lrjax.svd(3)), grads)
   want, _ = run(ldadam_rule(lrjax.svd(3), error_feedback=False), grads)
   np.testing.assert_allclose(states[-1].error, np.zeros((8, 12)), atol=1e-5)
-  # The error is rounding, but Adam divides by small entries: measured 3e-5.
-  np.testing.assert_allclose(np.stack(out), np.stack(want), atol=1e-4)
+  np.testing.assert_allclose(np.stack(out), np.stack(want), atol=1e-5)
 
 
 def test_used_and_unused_add_up_to_gradient_and_momentum():
@@ -139,7 +137,7 @@ def test_tiny_and_huge_gradients_are_followed(size):
   s = run(ldadam_rule(lrjax.eigh(3)), [g])[1][0]
   t = run(ldadam_rule(lrjax.eigh(3)), [size * g, size * g])[1][1]
   # One subspace: a power step on the same gradient moves the columns, not their span.
-  np.testing.assert_allclose(s.basis @ s.basis.T, t.basis @ t.basis.T, atol=1e-4)
+  np.testing.assert_allclose(s.basis @ s.basis.T, t.basis @ t.basis.T, atol=1e-5)
 
 
 def test_the_error_is_state_that_clipping_does_not_see():
@@ -185,8 +183,8 @@ def test_the_error_can_be_stored_in_less():
   tx = lrjax.scale_by_ldadam(3, error_dtype=jnp.bfloat16)
   out, state = trajectory(tx, grads[0], grads)
   assert state.slots['w'].state.error.dtype == jnp.bfloat16
-  for a, b in zip(out[:2], want):  # bf16 has three digits, which Adam's signs magnify
-    np.testing.assert_allclose(a['w'], b['w'], atol=0.1)
+  for a, b in zip(out, want):  # bf16 has three digits; measured: 5e-4
+    np.testing.assert_allclose(a['w'], b['w'], atol=5e-3)
 
 
 @pytest.mark.parametrize(('d', 'k', 'r'), [(8, 12, 3), (4096, 11008, 512)])

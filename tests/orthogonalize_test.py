@@ -33,6 +33,12 @@ def test_singular_values_come_near_one_and_vectors_stay(name):
     np.testing.assert_allclose(small, small.T, atol=1e-5)
 
 
+def test_polar_express_by_name_is_the_table_with_its_margin():
+  x = matrix((4, 9))
+  want = ortho.newton_schulz(x, ortho.POLAR_EXPRESS, norm_factor=1.02)
+  np.testing.assert_allclose(ortho.polar_express(x), want, atol=1e-4)
+
+
 def test_it_commutes_with_transposition_and_ignores_scale():
   x = matrix((4, 9))
   np.testing.assert_allclose(

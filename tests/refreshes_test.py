@@ -24,6 +24,76 @@ def test_every_needs_a_period_of_at_least_one():
       lrjax.every(bad)
 
 
+def follow(policy, bases, steps):
+  """(the last state, [(step, gap after it)] of refits) when the i-th finds `bases(i)`."""
+  state, after, old, seen = policy.init(), jax.jit(policy.after), bases(0), []
+  for t in range(steps):
+    if bool(policy.due(state, jnp.int32(t), 0.0)):
+      new = bases(len(seen))
+      state, old = after(state, old, new), new
+      seen.append((t, int(state.gap)))
+  return state, seen
+
+
+def test_lazy_doubles_the_gap_of_a_subspace_at_rest():
+  # Five similarities are there at the sixth refit; the queue is not cleared after it, and
+  # the next refit is the next multiple of the new gap.
+  still = matrix((6, 3))
+  state, seen = follow(lrjax.lazy(1), lambda i: still, 70)
+  steps = [0, 1, 2, 3, 4, 5, 6, 8, 16, 32, 64]
+  assert seen == list(zip(steps, [1, 1, 1, 1, 1, 2, 4, 8, 16, 32, 64]))
+  np.testing.assert_allclose(state.queue, 1.0, rtol=1e-6)
+  assert int(state.refreshes) == 11
+  _, seen = follow(lrjax.lazy(4, window=1, growth=1.5), lambda i: still, 40)
+  assert seen == [(0, 4), (4, 6), (6, 9), (9, 13), (13, 19), (19, 28), (28, 42)]
+
+
+@pytest.mark.parametrize('measure', ['first_vector', 'signed_first_vector', 'overlap'])
+def test_lazy_keeps_the_gap_of_a_subspace_that_turns(measure):
+  turning = lambda i: jnp.eye(4)[:, [i % 2]]
+  _, seen = follow(lrjax.lazy(3, measure=measure), turning, 40)
+  assert seen == [(t, 3) for t in range(0, 40, 3)]
+
+
+@pytest.mark.parametrize('measure', ['first_vector', 'signed_first_vector', 'overlap'])
+def test_lazy_knows_that_a_sign_means_nothing(measure):
+  flipping = lambda i: jnp.eye(4)[:, :2] * (-1) ** i
+  _, seen = follow(lrjax.lazy(1, measure=measure), flipping, 12)
+  # The official code, whose cosine is signed, takes a flip for a change.
+  assert (seen[-1][1] == 1) == (measure == 'signed_first_vector')
+
+
+def test_lazy_overlap_is_that_of_the_subspaces():
+  a, b = (jnp.linalg.qr(matrix((6, 3), s))[0] for s in (0, 1))
+  turn = jnp.linalg.qr(matrix((3, 3), 2))[0]
+  policy = lrjax.lazy(1, window=2, threshold=1.0, measure='overlap')
+  state, _ = follow(policy, lambda i: [a, a @ turn, b][i], 3)
+  want = float(jnp.sum((a.T @ b) ** 2) / 3)
+  np.testing.assert_allclose(state.queue, [1.0, want], atol=1e-6)
+
+
+def test_lazy_refits_each_matrix_by_its_own_gap():
+  still, rng = matrix((8, 12)), np.random.default_rng(0)
+  wild = lambda: jnp.asarray(rng.standard_normal((8, 12)), jnp.float32)
+  policy = lrjax.lazy(1, window=1, threshold=0.95)
+  rule = lrjax.low_rank(lrjax.svd(1), lrjax.adam(), refresh=policy)
+  tx = lrjax.on_matrices(lambda rank: rule, rank=1)
+  grads = [{'w': jnp.stack([still, wild()])} for _ in range(9)]
+  state, update = tx.init(grads[0]), jax.jit(tx.update)
+  for g in grads:
+    _, state = update(g, state)
+  refresh = state.slots['w'].state.refresh
+  # At 0, 1, 2, 4, 8 and at every step.
+  np.testing.assert_array_equal(refresh.refreshes, [5, 9])
+  np.testing.assert_array_equal(refresh.gap, [16, 1])
+
+
+def test_lazy_needs_one_matrix_to_compare():
+  basis = lrjax.two_sided(lrjax.svd(2))
+  with pytest.raises(ValueError, match=r'lazy .*one matrix P; use every\(period\)'):
+    lrjax.low_rank(basis, lrjax.adam(), refresh=lrjax.lazy(2))
+
+
 def test_staggered_steps_share_the_matrices_evenly():
   sizes = (1, 2, 3, 9, 25, 29, 31, 250)
   found = [np.ravel(p) for n in sizes for p in phases([(n,)])]

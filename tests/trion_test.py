@@ -116,6 +116,8 @@ def test_state_bytes(d, k, rank):
     (dict(scaling=1.0), TypeError, '`scaling` must be a function or one of'),
     (dict(update_proj_gap=0), ValueError, '`update_proj_gap`.*got 0'),
     (dict(rank=0), ValueError, '`rank` must be at least 1, got 0'),
+    (dict(basis='dtc'), ValueError, "`basis` 'dtc'; did you mean 'dct'"),
+    (dict(orthogonalize='pola'), ValueError, "did you mean 'polar'"),
     (dict(moment=0.9), TypeError, "'moment'"),
   ],
 )

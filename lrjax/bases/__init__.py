@@ -4,6 +4,7 @@ from lrjax.bases.columns import columns, entries
 from lrjax.bases.dct import dct
 from lrjax.bases.gaussian import gaussian
 from lrjax.bases.grassmann import grassmann
+from lrjax.bases.heaviest import heaviest
 from lrjax.bases.orthonormal import eigh, randomized_svd, subspace_iteration, svd
 from lrjax.bases.random_orthogonal import random_orthogonal
 from lrjax.bases.stored import stored_as
@@ -20,6 +21,7 @@ NAMES = dict(
   randomized_svd=randomized_svd,
   subspace_iteration=subspace_iteration,
   dct=dct,
+  heaviest=heaviest,
 )
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
   'entries',
   'gaussian',
   'grassmann',
+  'heaviest',
   'random_orthogonal',
   'randomized_svd',
   'stored_as',

@@ -28,7 +28,8 @@ def columns(rank: int) -> Basis:
     return jnp.arange(min(rank, d), dtype=jnp.int32)
 
   def fit(key: jax.Array, g: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.sort(jax.random.permutation(key, len(g))[: len(b)]).astype(jnp.int32)
+    order = jnp.argsort(jax.random.bits(key, (len(g),)))
+    return jnp.sort(order[: len(b)]).astype(jnp.int32)
 
   def up(b: jax.Array, low: jax.Array, d: int) -> jax.Array:
     full = jnp.zeros((d, *low.shape[1:]), low.dtype)
@@ -63,7 +64,7 @@ def entries(rank: int) -> Basis:
     return jnp.broadcast_to(jnp.arange(r, dtype=jnp.int32)[:, None], (r, k))
 
   def fit(key: jax.Array, g: jax.Array, b: jax.Array) -> jax.Array:
-    order = jnp.argsort(jax.random.uniform(key, g.shape), axis=0)
+    order = jnp.argsort(jax.random.bits(key, g.shape), axis=0)
     return jnp.sort(order[: len(b)], axis=0).astype(jnp.int32)
 
   def down(b: jax.Array, g: jax.Array) -> jax.Array:

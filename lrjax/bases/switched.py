@@ -67,4 +67,5 @@ def switched(first: Basis, then: Basis, *, after: int) -> Basis:
     up=lambda s, low, d: first.up(s.basis, low, d),
     matrix=None if matrix is None else lambda s, d: matrix(s.basis, d),
     orthonormal=first.orthonormal and then.orthonormal,
+    per_column=first.per_column and then.per_column,
   )

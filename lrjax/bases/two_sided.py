@@ -56,4 +56,12 @@ def two_sided(basis: Basis) -> Basis:
     C, D = matrix(new.left, d).T @ matrix(old.left, d), right(new).T @ right(old)
     return Change(lambda x: C @ x @ D.T, lambda x: jnp.square(C) @ x @ jnp.square(D).T)
 
-  return Basis(init, fit, down, up, change=change, orthonormal=basis.orthonormal)
+  return Basis(
+    init,
+    fit,
+    down,
+    up,
+    change=change,
+    orthonormal=basis.orthonormal,
+    per_column=False,
+  )

@@ -1,5 +1,6 @@
 """The 8-bit dynamic map of block-wise quantization (Dettmers et al., arXiv 2110.02861)."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -53,13 +54,13 @@ def dynamic8(signed: bool = True, block: int = 256) -> Codec:
   if block & (block - 1):
     raise ValueError(f'`block` must be a power of two, got {block}')
   table = dynamic_map(signed)
-  thresholds = (table[:-1] + table[1:]) / 2
+  nearest = bisector((table[:-1] + table[1:]) / 2)
 
   def encode(x: jax.Array) -> Dynamic8:
     blocks = split(x.T, block)
     scale = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True).astype(jnp.float32)
     unit = blocks / jnp.where(scale > 0, scale, 1)
-    codes = jnp.searchsorted(thresholds, unit).astype(jnp.uint8)
+    codes = nearest(unit)
     if not signed:
       codes = jnp.maximum(codes, (blocks > 0).astype(jnp.uint8))
     return Dynamic8(join(codes, x.T.shape).T, scale[:, 0])
@@ -72,19 +73,41 @@ def dynamic8(signed: bool = True, block: int = 256) -> Codec:
   return Codec(encode, decode)
 
 
+def bisector(thresholds: np.ndarray) -> Callable:
+  """`x -> how many of 255 ascending thresholds lie below`, as uint8, for |x| <= 1.
+
+  A table by sign, exponent and 8 bits of mantissa, then one comparison: no two thresholds
+  lie so close that a place of the table holds both. Bisection takes 8 comparisons.
+  """
+  first, last = 102 << 8, 127 << 8  # 2^-25, below all thresholds but zero, and 1
+  places = np.arange(first, last + 1, dtype=np.uint32) << 15
+  smallest = places.view(np.float32), -(places | 0x7FFF).view(np.float32)
+  smallest[0][0] = 0.0
+  table = np.searchsorted(thresholds, np.concatenate(smallest)).astype(np.uint8)
+  above = np.append(thresholds, np.float32(np.inf))
+
+  def below(x: jax.Array) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    place = jnp.clip((bits & 0x7FFFFFFF) >> 15, first, last) - first
+    guess = jnp.asarray(table)[place + jnp.where(x < 0, len(places), 0)]
+    return guess + (x > jnp.asarray(above)[guess]).astype(jnp.uint8)
+
+  return below
+
+
 def widened(x: Any, signed: bool) -> Any:
   """A moment as it is computed with: decoded if it is stored in 8 bits."""
-  return dynamic8(signed, _block(x)).decode(x) if isinstance(x, Dynamic8) else x
+  return dynamic8(signed, block_of(x)).decode(x) if isinstance(x, Dynamic8) else x
 
 
 def stored_like(x: jax.Array, like: Any, signed: bool) -> Any:
   """`x` in the form, or else the dtype, of `like`."""
   if isinstance(like, Dynamic8):
-    return dynamic8(signed, _block(like)).encode(x)
+    return dynamic8(signed, block_of(like)).encode(x)
   return x.astype(like.dtype)
 
 
-def _block(x: Dynamic8) -> int:
+def block_of(x: Dynamic8) -> int:
   """The size of its blocks, a power of two, or one that is equivalent."""
   block = 1
   while -(-x.codes.size // block) > x.scale.size:

@@ -32,6 +32,11 @@ class DionState(NamedTuple):
 ORTHS = dict(qr=householder_qr, cholesky_qr=cholesky_qr)
 
 
+def lion() -> optax.GradientTransformation:
+  """What the official code does to all other leaves."""
+  return optax.scale_by_lion(0.9, 0.95)
+
+
 def orthonormal_power_step(rank: int, decay: float, orth: Callable) -> MatrixTransform:
   """The rule of `scale_by_dion` for one matrix."""
 
@@ -72,7 +77,7 @@ def scale_by_dion(
 
   with B (d, k), P (k, r), Q (d, r): one step of subspace iteration, warm-started by the
   last Q. Momentum decays where the update acts; what the factors miss stays in M whole:
-  the error feedback. On a mesh only the products with P and Q are summed over devices.
+  the error feedback.
 
   State per matrix: `d k` numbers of momentum and `d r` of Q; Muon keeps `d k`.
   Choose it for Muon's kind of update where whole matrices are too large to
@@ -114,7 +119,7 @@ def scale_by_dion(
   finite('momentum', momentum, below=1.0)
   fan_scale = named('scaling', scaling, FAN_SCALES)
   factor = named('orth', orth, ORTHS)
-  rest = optax.scale_by_lion(0.9, 0.95) if rest is None else rest
+  rest = lion() if rest is None else rest
   rule = lambda rank: orthonormal_power_step(rank, momentum, factor)
   return on_matrices(rule, rank=rank, rest=rest, fan_scale=fan_scale, **lift)
 

@@ -103,8 +103,12 @@ def scale_by_frugal(
   >>> print(state.slots['kernel'].state.inner.mu.shape, updates['kernel'].min().round(3))
   (2, 16) 1.0
   """
-  finite('density', density)
-  if not isinstance(density, jax.Array) and density > 1:
+  if isinstance(density, jax.Array):
+    raise TypeError(
+      f'`density` fixes shapes and must be a Python float, not an array, got {density};'
+      f' under optax.inject_hyperparams name it in static_args'
+    )
+  if finite('density', density) > 1:
     raise ValueError(f'`density` must lie between 0 and 1, got {density}')
   inner = moments.adam() if base_optimizer is None else base_optimizer
   residual = state_free(inactive, inactive_scale, scale)

@@ -1,19 +1,20 @@
 """LDAdam: adaptive optimization from low-dimensional gradient statistics (2024)."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from lrjax import bases
+from lrjax.bases.orthonormal import down, up
 from lrjax.bases.power import power_step
 from lrjax.checks import finite, floating, named
 from lrjax.low_rank import dense_change, unit_scale
 from lrjax.matrices import on_matrices
 from lrjax.moments import AdamState, adam
-from lrjax.optimizers.assembly import Lift, lifted, ready
+from lrjax.optimizers.assembly import lifted, ready
 from lrjax.transports import projection_aware
 from lrjax.types import Basis, MatrixTransform
 
@@ -49,7 +50,8 @@ def ldadam_rule(
       '`basis` must give one orthonormal P to start from, such as lrjax.svd'
     )
   matrix = start.matrix
-  direction, transport = adam(b1, b2, eps), projection_aware(b1, b2)
+  direction: Any = adam(b1, b2, eps)
+  transport = projection_aware(b1, b2)
 
   def init(g: Any) -> LDAdamState:
     d, k = g.shape
@@ -74,19 +76,20 @@ def ldadam_rule(
 
   def update(g: jax.Array, s: LDAdamState) -> tuple[jax.Array, LDAdamState]:
     a, t = with_error(g, s), s.inner.count
-    momentum = s.basis @ s.inner.mu  # (d, k)
+    momentum = up(s.basis, s.inner.mu, len(g))
     mean = momentum / (1 - b1 ** jnp.maximum(t, 1))
     guide = rho * mean + (1 - rho) * a
     # At the first step P is the one just fitted.
     P = jnp.where(t == 0, s.basis, power_step(unit_scale(guide), s.basis))
     moved = transport(dense_change(s.basis, P), s.inner)
-    low = P.T @ a
+    low = down(P, a)
     u, inner = direction.update(low, moved)
     error = s.error
     if error_feedback:
-      unused = (a - P @ low) + b1 / (1 - b1) * (momentum - P @ moved.mu)
+      unused = a - up(P, low, len(g))
+      unused += b1 / (1 - b1) * (momentum - up(P, moved.mu, len(g)))
       error = unused.astype(s.error.dtype)
-    return P @ u, LDAdamState(P, AdamState(*inner), error)
+    return up(P, u, len(g)), s._replace(basis=P, inner=inner, error=error)
 
   return MatrixTransform(init, update, due, refresh, subspace=lambda s, d: s.basis)
 
@@ -103,7 +106,7 @@ def scale_by_ldadam(
   error_dtype: Any = None,
   basis: str | Callable[[int], Basis] = 'eigh',
   side: str = 'short_out',
-  **lift: Unpack[Lift],
+  **lift: Any,  # as `Lift`, but for `side`
 ) -> optax.GradientTransformationExtraArgs:
   r"""Adam in a subspace that follows gradient and momentum at every step.
 

@@ -250,7 +250,7 @@ def owlore(
 
   def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple:
     u, state = rule.update(updates, state, params, **extra)
-    seen = only_active(state, params, where)
+    seen: Any = only_active(state, params, where)
     return decay.update(u, decay.init(params), seen)[0], state
 
   decayed = optax.GradientTransformationExtraArgs(rule.init, update)

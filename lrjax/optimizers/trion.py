@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lrjax import moments
-from lrjax.bases import dct
+from lrjax import bases, moments
 from lrjax.checks import finite, named
 from lrjax.matrices import on_matrices
 from lrjax.optimizers.assembly import Lift, lifted, ready
-from lrjax.orthogonalize import FAN_SCALES, newton_schulz
+from lrjax.orthogonalize import FAN_SCALES, ORTHOGONALIZERS
 from lrjax.refreshes import every
 from lrjax.types import Basis, MatrixTransform
 
@@ -34,6 +33,11 @@ def orthonormal_momentum(
 ) -> MatrixTransform:
   """The rule of `scale_by_trion` for one matrix."""
   refresh = every(update_proj_gap)
+  if not basis.orthonormal:
+    raise ValueError(
+      'Trion keeps what a projection leaves over and needs an orthonormal basis; a random'
+      ' sketch is none'
+    )
 
   def init(g: Any) -> TrionState:
     return TrionState(basis.init(*g.shape, g.dtype), jnp.zeros(g.shape, g.dtype))
@@ -65,8 +69,8 @@ def scale_by_trion(
   momentum: float = 0.95,
   scaling: str | Callable[[int, int], float] = 'kj',
   *,
-  basis: Callable[[int], Basis] = dct,
-  orthogonalize: Callable[[jax.Array], jax.Array] = newton_schulz,
+  basis: str | Callable[[int], Basis] = 'dct',
+  orthogonalize: str | Callable[[jax.Array], jax.Array] = 'newton_schulz',
   update_proj_gap: int = 1,
   rest: optax.GradientTransformation | None = None,
   **lift: Unpack[Lift],
@@ -91,9 +95,11 @@ def scale_by_trion(
     momentum: mu, kept share of the momentum inside the subspace.
     scaling: s, by name: 'kj' max(1, fan_out/fan_in)^0.5, 'kimi' 0.2 max(fans)^0.5,
       'dion' (fan_out/fan_in)^0.5, 'none' 1; or `(fan_in, fan_out) -> float`.
-    basis: `rank -> Basis`; any orthonormal one.
-    orthogonalize: of b; default five quintic steps with Keller Jordan's constants in
-      float32, where the official code computes in bfloat16. `lrjax.polar` is exact.
+    basis: how P is found: the name of a basis or `rank -> Basis`, an orthonormal one.
+    orthogonalize: of b: 'newton_schulz', five quintic steps with Keller Jordan's
+      constants in float32, where the official code computes in bfloat16 (`lambda x:
+      lrjax.newton_schulz(x, dtype=jnp.bfloat16)`); 'polar_express', 'polar', exact; or a
+      function.
     update_proj_gap: steps between choices of P; the published method chooses each step.
     rest: for all other leaves; default Adam as in the official code (0.9, 0.95, 1e-10),
       times 0.015, the ratio of its two learning rates, 3e-4 and 0.02.
@@ -114,16 +120,18 @@ def scale_by_trion(
   >>> tx = scale_by_trion(rank=2)
   >>> params = {'kernel': jnp.ones((8, 16)), 'bias': jnp.zeros(16)}
   >>> updates, state = tx.update(params, tx.init(params))
-  >>> state.slots['kernel'].state.basis
-  Array([0, 1], dtype=int32)
+  >>> state.slots['kernel'].state.basis.shape  # indices of cosines
+  (2,)
   """
   finite('momentum', momentum, below=1.0)
+  make = named('basis', basis, bases.NAMES)
+  factor = named('orthogonalize', orthogonalize, ORTHOGONALIZERS)
   fan_scale = named('scaling', scaling, FAN_SCALES)
   if rest is None:
     rest = optax.chain(moments.adam(0.9, 0.95, 1e-10), optax.scale(0.015))
 
   def rule(rank: int) -> MatrixTransform:
-    return orthonormal_momentum(basis(rank), momentum, orthogonalize, update_proj_gap)
+    return orthonormal_momentum(make(rank), momentum, factor, update_proj_gap)
 
   rule(1)  # parts that do not fit are refused here, not at the first step
   return on_matrices(rule, rank=rank, rest=rest, fan_scale=fan_scale, **lift)

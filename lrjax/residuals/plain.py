@@ -36,9 +36,8 @@ def error_feedback(scale: float = 1.0, codec: Codec | None = None) -> Residual:
 
   Args:
     scale: factor of the update.
-    codec: how E is stored between steps, such as `lrjax.int8()`; default as it is. Its
-      rounding error is not fed back: an eighth of a percent of E's largest entry, a
-      column, for `int8`.
+    codec: how E is stored between steps, such as `lrjax.int8()`; default as it is. What
+      it rounds away is lost: for `int8` up to 0.4 % of the largest entry of a column.
 
   Returns:
     A `Residual` whose state is E (d, k), of the gradient's accumulation dtype, or what

@@ -56,13 +56,14 @@ def fira(
     g: jax.Array, low: jax.Array, u: jax.Array, up: Callable, s: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
     inside = scale if mode == 'official' else 1.0
-    missed = (g - inside * up(low)) * ratio(u, low, g, per)
+    missed = (g - inside * up(low)) * ratio(u, low, per)
     missed, s = limited(missed, s, growth_limit, floor)
     if mode == 'official':
       return up(scale * u) + missed, s
     return scale * (up(u) + missed), s
 
-  return Residual(no_norm_yet, lambda g, s: g, after)
+  per_column = per == 'channel'
+  return Residual(no_norm_yet, lambda g, s: g, after, per_column=per_column)
 
 
 def scale_full(
@@ -102,11 +103,12 @@ def scale_full(
     g: jax.Array, low: jax.Array, u: jax.Array, up: Callable, s: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
     ahead, behind = (jnp.sqrt(scale), 1.0) if front else (1.0, jnp.sqrt(scale))
-    out = ahead * (g * ratio(u, low, g, per))
+    out = ahead * (g * ratio(u, low, per))
     out, s = limited(out, s, growth_limit, floor)
     return behind * out, s
 
-  return Residual(no_norm_yet, lambda g, s: g, after)
+  per_column = per == 'channel'
+  return Residual(no_norm_yet, lambda g, s: g, after, per_column=per_column)
 
 
 def limited(
@@ -150,17 +152,9 @@ def no_norm_yet(g: Any) -> jax.Array:
   return jnp.full([], -1, g.dtype)
 
 
-def ratio(u: jax.Array, low: jax.Array, g: jax.Array, per: str) -> jax.Array:
+def ratio(u: jax.Array, low: jax.Array, per: str) -> jax.Array:
   """How much larger u (r, k) is than low (r, k): (1, k) of columns, or (1, 1) of all."""
-  if per == 'tensor':
-    axes = (0, 1)
-  elif low.shape[1] == g.shape[1]:
-    axes = (0,)
-  else:
-    raise ValueError(
-      f'a ratio per channel needs columns that the basis leaves alone, but {g.shape} was'
-      f" compressed to {low.shape}; use per='tensor' with a two-sided basis"
-    )
+  axes = 0 if per == 'channel' else (0, 1)
   norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(x), axes, keepdims=True))
   return norm(u) / (norm(low) + 1e-8)
 

@@ -10,7 +10,7 @@ import numpy as np
 def ldadam(
   grads, *, rank, feedback=True, rho=0.908, b1=0.908, b2=0.99, eps=1e-8, left=None
 ):  # fmt: skip
-  """The updates, without learning rate, of gradients (in, out), and the last error (d, k)."""
+  """The updates, without learning rate, of gradients (in, out), and the last error."""
   grads = np.asarray(grads, np.float64)
   rows, columns = grads[0].shape
   left = rows < columns if left is None else left

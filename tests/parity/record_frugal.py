@@ -14,20 +14,17 @@ which recent torch lacks, is `math.sqrt`; singular vectors get the sign conventi
 LAPACK leaves open; drawn indices are noted after each refresh, so that they can be fed.
 """
 
-import importlib.metadata
-import json
 import math
-import pathlib
 import sys
 
 import numpy as np
+from inputs import KEPT, write
 
 COMMIT = 'c7ebe4c242f7908e036c287e3a10512a84634648'
 STEPS, LR, WEIGHT_DECAY, GAP, DENSITY = 25, 1e-2, 0.1, 10, 0.25
 # (in, out), with sizes where rounding and flooring a quarter differ.
 SHAPES = {'tall': (7, 6), 'wide': (10, 11)}
 BLOCKS = 7
-PATH = pathlib.Path(__file__).with_name('frugal.npz')
 # name -> (class, arguments beyond those that all share)
 RUNS = {
   'svd': ('GaloreAdamW', {}),
@@ -57,7 +54,7 @@ def gradients(seed: int, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def run(cls, options: dict, grads: list) -> tuple:
-  """(start, params after each step, indices after each refresh) of matrices (in, out)."""
+  """(start, params of kept steps, indices after each refresh) of matrices (in, out)."""
   import torch
 
   rng = np.random.default_rng(7)
@@ -76,7 +73,7 @@ def run(cls, options: dict, grads: list) -> tuple:
     path.append([p.detach().numpy().T.copy() for p in params])
     if t % GAP == 0 and 'Coord' in cls.__name__:
       drawn.append(tx.state[params[0]]['projector'].indices.numpy().copy())
-  return start, [np.stack(w) for w in zip(*path)], drawn
+  return start, [np.stack(w) for w in zip(*(path[t] for t in KEPT))], drawn
 
 
 def main() -> None:
@@ -113,19 +110,17 @@ def main() -> None:
       out[f'{name}/{shape}/start'], out[f'{name}/{shape}/params'] = start[0], path[0]
       if drawn:
         out[f'{name}/{shape}/indices'] = np.stack(drawn)
-  versions = {n: importlib.metadata.version(n) for n in ('torch', 'numpy')}
   meta = dict(
     repository='fzmushko/FRUGAL',
     commit=COMMIT,
-    versions=versions,
     runs=RUNS,
     lr=LR,
     weight_decay=WEIGHT_DECAY,
     update_gap=GAP,
     density=DENSITY,
+    kept=KEPT,
   )
-  np.savez_compressed(PATH, meta=np.array(json.dumps(meta)), **out)
-  print(f'wrote {PATH}, {PATH.stat().st_size} bytes')
+  write('frugal', meta, out)
 
 
 if __name__ == '__main__':

@@ -9,17 +9,15 @@ the sign convention of `lrjax.bases.orthonormal.fix_signs`, because moments that
 depend on signs that LAPACK leaves open.
 """
 
-import importlib.metadata
-import json
-import pathlib
+from importlib.metadata import version
 
 import numpy as np
+from inputs import write
 
 LAYERS, ACTIVE, SHAPE, STEPS = 4, 2, (6, 10), 30
 ARGS = dict(rank=3, update_proj_gap=5, scale=1.0, proj_type='std')
 # With scale 1 updates are four times those of GaLore, and float32 noise with them.
 LR, WEIGHT_DECAY, PERIOD = 3e-3, 0.1, 3
-PATH = pathlib.Path(__file__).with_name('owlore.npz')
 
 
 def gradients() -> np.ndarray:
@@ -66,21 +64,11 @@ def main() -> None:
       p.grad = torch.tensor(g[i].T.copy()) if trains else None
     tx.step()
     path.append(np.stack([p.detach().numpy().T for p in layers]))
-  versions = {
-    n: importlib.metadata.version(n) for n in ('torch', 'galore-torch', 'numpy')
-  }
-  meta = dict(
-    versions=versions, lr=LR, weight_decay=WEIGHT_DECAY, period=PERIOD, **ARGS
+  meta = dict(lr=LR, weight_decay=WEIGHT_DECAY, period=PERIOD, **ARGS)
+  arrays = dict(
+    start=start, gradients=gradients(), params=np.stack(path), active=active_layers()
   )
-  np.savez_compressed(
-    PATH,
-    meta=np.array(json.dumps(meta)),
-    start=start,
-    gradients=gradients(),
-    params=np.stack(path),
-    active=active_layers(),
-  )
-  print(f'wrote {PATH}, {PATH.stat().st_size} bytes')
+  write('owlore', {'galore-torch': version('galore-torch'), **meta}, arrays)
 
 
 if __name__ == '__main__':
