@@ -118,9 +118,9 @@ def layerwise(
 
   def init(params: Mapping) -> LayerwiseState:
     stack, others = _split(params)
-    _check_streams(make, jax.tree.map(lambda a: a[0], stack))
-    one = lambda index, p: make(index).init(p)
-    state = jax.vmap(one)(jnp.arange(_depth(stack)), stack)
+    indices = jnp.arange(_depth(stack))
+    _check_streams(make, stack)
+    state = jax.vmap(lambda index, p: make(index).init(p))(indices, stack)
     return LayerwiseState(state, rest.init(others))
 
   def step(params: Mapping, state: LayerwiseState, batch: Any) -> tuple:
@@ -209,14 +209,15 @@ def _depth(stack: PyTree) -> int:
   return leaves[0][1].shape[0]
 
 
-def _check_streams(make: Callable, params: PyTree) -> None:
+def _check_streams(make: Callable, stack: PyTree) -> None:
   """Raises where every layer would draw the same random numbers."""
 
   def run(index: jax.Array, p: PyTree) -> Any:
     tx = make(index)
     return tx.update(p, tx.init(p), p)
 
-  jaxpr = jax.make_jaxpr(run)(jnp.int32(0), params).jaxpr
+  one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), stack)
+  jaxpr = jax.make_jaxpr(run)(jnp.int32(0), one).jaxpr
   index = jaxpr.invars[0]
   used = any(v is index for eqn in jaxpr.eqns for v in eqn.invars)
   if not used and 'random_bits' in str(jaxpr):

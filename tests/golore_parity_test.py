@@ -43,7 +43,7 @@ def test_equals_the_official_code(name, monkeypatch):
     u, state = update({'kernel': g}, state)
     w = (w - meta['lr'] * u['kernel']) * (1 - meta['lr'] * meta['weight_decay'])
     if t in expected:
-      np.testing.assert_allclose(w, expected[t], atol=2e-6, rtol=0)
+      np.testing.assert_allclose(w, expected[t], atol=1e-6, rtol=0)
   basis = state.slots['kernel'].state.basis
   assert int(basis.fits) == 5
   np.testing.assert_array_equal(basis.basis, drawn[-1])

@@ -204,6 +204,8 @@ def test_bad_input_is_named():
   uneven = {'a': jnp.ones((2, 3)), 'b': jnp.ones((3, 3))}
   with pytest.raises(ValueError, match=r"same leading axis.*'b': \(3,\)"):
     train.init({'layers': uneven})
+  with pytest.raises(ValueError, match=r'stack the layers'):
+    train.init({'layers': {'a': jnp.ones(())}})
   model = Llama(LlamaConfig(**SIZES, scan_layers=False), rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match=r'scan_layers=True'):
     llama_parts(model, mean_loss)

@@ -29,6 +29,6 @@ def test_equals_the_official_code(name):
     u, state = update({'kernel': g}, state)
     w = w - meta['lr'] * meta['fall'] ** t * u['kernel']
     if t in expected:
-      np.testing.assert_allclose(w, expected[t], atol=1e-5, rtol=0)
+      np.testing.assert_allclose(w, expected[t], atol=1e-6, rtol=0)
   basis = state.slots['kernel'].state.loop.basis
   np.testing.assert_allclose(basis, recorded[f'{name}/basis'], atol=1e-4, rtol=0)

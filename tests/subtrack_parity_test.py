@@ -26,6 +26,6 @@ def test_equals_the_official_code():
     u, state = update({'kernel': g}, state)
     w = (w - meta['lr'] * u['kernel']) * (1 - meta['lr'] * meta['weight_decay'])
     if t in expected:
-      np.testing.assert_allclose(w, expected[t], atol=5e-6, rtol=0)
+      np.testing.assert_allclose(w, expected[t], atol=1e-6, rtol=0)
   basis = state.slots['kernel'].state.basis
   np.testing.assert_allclose(basis.basis, recorded['basis'], atol=1e-5)
