@@ -91,7 +91,8 @@ def test_states_without_moments_are_refused():
 
 def test_every_name_is_a_function():
   assert transports.NAMES['rotate'] is lrjax.rotate_square
-  assert set(transports.NAMES) == {'keep', 'reset', 'rotate', 'rotate_abs'}
+  names = {'keep', 'reset', 'rotate', 'rotate_abs', 'rotate_first'}
+  assert set(transports.NAMES) == names
 
 
 def test_projection_aware_is_the_formula_of_ldadam():
