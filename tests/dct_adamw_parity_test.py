@@ -1,18 +1,13 @@
 """DCT-AdamW against recorded trajectories of the official code."""
 
 import functools
-import json
-import pathlib
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
+from parity.inputs import read
+from replay import decayed_before, replay
 
 import lrjax
 
-VECTORS = pathlib.Path(__file__).parent / 'parity' / 'dct_adamw.npz'
-SHAPES = ('tall', 'wide', 'square')
 # Its `matmul` mode has the transpose of the DCT-II for a basis, its `makhoul` mode not.
 BASES = {
   'every_step': dict(form='dct3'),
@@ -31,11 +26,7 @@ def official_schedule(period):
 
 @pytest.mark.parametrize('case', BASES)
 def test_equals_the_official_code(case):
-  with np.load(VECTORS, allow_pickle=False) as f:
-    meta = json.loads(str(f['meta']))
-    starts = {n: jnp.asarray(f[f'{n}/start']) for n in SHAPES}
-    grads = {n: f[f'{n}/gradients'] for n in SHAPES}
-    expected = {n: f[f'{n}/{case}'] for n in SHAPES}
+  meta, _ = read('dct_adamw')
   args = meta['cases'][case]
   basis = functools.partial(lrjax.dct, **BASES[case])
   if args['update_proj_gap'] == 1:
@@ -50,15 +41,6 @@ def test_equals_the_official_code(case):
       transport=lrjax.rotate_abs,
     )
     tx = lrjax.on_matrices(rule, rank=meta['rank'])
-
-  @jax.jit
-  def step(w, state, g):
-    u, state = tx.update(g, state)
-    decay = 1 - meta['lr'] * meta['weight_decay']
-    return jax.tree.map(lambda w, u: w * decay - meta['lr'] * u, w, u), state
-
-  w, state = starts, tx.init(starts)
-  for t in range(len(grads['tall'])):
-    w, state = step(w, state, {n: g[t] for n, g in grads.items()})
-    for n in SHAPES:
-      np.testing.assert_allclose(w[n], expected[n][t], atol=2e-6, rtol=0)
+  move = decayed_before(meta)
+  error, _ = replay(tx, 'dct_adamw', key=lambda name: f'{name}/{case}', move=move)
+  assert error <= 2e-6

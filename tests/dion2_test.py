@@ -1,18 +1,16 @@
 """Dion2 against recorded trajectories of the official code, and its basis."""
 
 import itertools
-import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parity.inputs import read
+from replay import replay
 from samples import matrix
 
 import lrjax
-
-VECTORS = pathlib.Path(__file__).parent / 'parity' / 'dion2.npz'
 
 
 # Of a square matrix the official code takes torch's rows, our `out`.
@@ -21,11 +19,7 @@ VECTORS = pathlib.Path(__file__).parent / 'parity' / 'dion2.npz'
 )
 @pytest.mark.parametrize(('case', 'scaling'), [('spectral', 'dion'), ('rms', 'kimi')])
 def test_equals_the_official_code(names, side, case, scaling):
-  with np.load(VECTORS, allow_pickle=False) as f:
-    meta = json.loads(str(f['meta']))
-    starts = {n: jnp.asarray(f[f'{n}/start']) for n in names}
-    grads = {n: f[f'{n}/gradients'] for n in names}
-    expected = {n: f[f'{n}/{case}'] for n in names}
+  meta, _ = read('dion2')
   tx = lrjax.dion2(
     meta['lr'],
     meta['fraction'],
@@ -34,17 +28,9 @@ def test_equals_the_official_code(names, side, case, scaling):
     side=side,
     weight_decay=meta['weight_decay'],
   )
-
-  @jax.jit
-  def step(w, state, g):
-    u, state = tx.update(g, state, w)
-    return jax.tree.map(jnp.add, w, u), state
-
-  w, state = starts, tx.init(starts)
-  for t in range(len(grads[names[0]])):
-    w, state = step(w, state, {n: g[t] for n, g in grads.items()})
-    for n in names:
-      np.testing.assert_allclose(w[n], expected[n][t], atol=1e-6, rtol=0)
+  key = lambda name: f'{name}/{case}'
+  error, _ = replay(tx, 'dion2', names=names, key=key, move=jnp.add)
+  assert error <= 1e-6
 
 
 def test_the_choice_by_l2_loses_least():

@@ -1,8 +1,6 @@
 """Moments in 8 bits: against bitsandbytes, a transcription, and with every inner."""
 
-import json
 import math
-import pathlib
 import re
 
 import jax
@@ -13,31 +11,26 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracles import eight_bit as oracle
+from parity.inputs import read
 from samples import gradients, matrix
 
 import lrjax
 from lrjax.codecs.dynamic import Dynamic8, block_of, dynamic_map
 from lrjax.testing import trajectory
 
-VECTORS = pathlib.Path(__file__).parent / 'parity' / 'eight_bit.npz'
-
-
-@pytest.fixture(scope='module')
-def recorded():
-  with np.load(VECTORS, allow_pickle=False) as f:
-    return dict(f)
+META, RECORDED = read('eight_bit')
 
 
 @pytest.mark.parametrize('name', ['signed', 'unsigned'])
-def test_map_and_codes_are_those_of_bitsandbytes(recorded, name):
+def test_map_and_codes_are_those_of_bitsandbytes(name):
   signed = name == 'signed'
-  np.testing.assert_array_equal(dynamic_map(signed), recorded[f'{name}/map'])
-  stored = lrjax.dynamic8(signed).encode(recorded[f'{name}/x'])
-  np.testing.assert_array_equal(stored.scale, recorded[f'{name}/scale'])
+  np.testing.assert_array_equal(dynamic_map(signed), RECORDED[f'{name}/map'])
+  stored = lrjax.dynamic8(signed).encode(RECORDED[f'{name}/x'])
+  np.testing.assert_array_equal(stored.scale, RECORDED[f'{name}/scale'])
   # Of a second moment, bitsandbytes makes zeros of what lies below its smallest value.
-  flushed = (recorded[f'{name}/codes'] == 0) & (not signed)
+  flushed = (RECORDED[f'{name}/codes'] == 0) & (not signed)
   assert flushed.any() != signed
-  want = np.where(flushed, 1, recorded[f'{name}/codes'])
+  want = np.where(flushed, 1, RECORDED[f'{name}/codes'])
   np.testing.assert_array_equal(stored.codes, want)
 
 
@@ -48,20 +41,19 @@ def test_small_second_moments_do_not_become_zero():
   assert back[4] == 0
 
 
-def test_equals_adam_of_bitsandbytes(recorded):
-  meta = json.loads(str(recorded['meta']))
-  b1, b2 = meta['betas']
-  tx = lrjax.eight_bit(lrjax.adam(b1, b2, meta['eps']), min_size=0)
+def test_equals_adam_of_bitsandbytes():
+  b1, b2 = META['betas']
+  tx = lrjax.eight_bit(lrjax.adam(b1, b2, META['eps']), min_size=0)
   p, update = jnp.zeros((8, 64)), jax.jit(tx.update)
   state = tx.init(p)
-  for t, g in enumerate(recorded['gradients']):
+  for t, g in enumerate(RECORDED['gradients']):
     u, state = update(g.T, state)
-    p = p - meta['lr'] * u
-    np.testing.assert_allclose(p.T, recorded['adam/p'][t], atol=1e-6)
+    p = p - META['lr'] * u
+    np.testing.assert_allclose(p.T, RECORDED['adam/p'][t], atol=1e-6)
     for moment, n in ((state.mu, 1), (state.nu, 2)):
-      np.testing.assert_array_equal(moment.codes.T, recorded[f'adam/state{n}'][t])
+      np.testing.assert_array_equal(moment.codes.T, RECORDED[f'adam/state{n}'][t])
       np.testing.assert_allclose(
-        moment.scale, recorded[f'adam/absmax{n}'][t], rtol=1e-6
+        moment.scale, RECORDED[f'adam/absmax{n}'][t], rtol=1e-6
       )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from parity.inputs import read
+from replay import decayed_before, follow
 
 import lrjax
 
@@ -21,19 +22,9 @@ def recorded(*names):
 
 def follows(tx, meta, start, grads, expected):
   """Runs `tx` on one leaf with the official decoupled decay and compares the weights."""
-  decay = 1 - meta['lr'] * meta['weight_decay']
-
-  @jax.jit
-  def step(w, state, g):
-    u, state = tx.update({'layers': {'kernel': g}}, state)
-    return w * decay - meta['lr'] * u['layers']['kernel'], state
-
-  w, state = jnp.asarray(start), tx.init({'layers': {'kernel': start}})
-  path = []
-  for g in grads:
-    w, state = step(w, state, g)
-    path.append(w)
-  worst = np.abs(np.stack([path[t] for t in meta['kept']]) - expected).max()
+  tree = lambda x: {'layers': {'kernel': x}}
+  path, state = follow(tx, tree(start), tree(grads), decayed_before(meta))
+  worst = np.abs(path['layers']['kernel'][meta['kept']] - expected).max()
   # Measured: 2.0e-6 for svd, whose small projections Adam blows up; 1.1e-6 for the rest.
   assert worst <= 2.1e-6
   return state

@@ -1,17 +1,14 @@
 """Trion against recorded trajectories of the official code."""
 
 import functools
-import json
-import pathlib
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from parity.inputs import read
+from replay import replay
 
 import lrjax
 
-VECTORS = pathlib.Path(__file__).parent / 'parity' / 'trion.npz'
 # Its product with the DCT is from the other side for wide weights: the DCT-III basis for
 # torch's tall ones, the DCT-II for wide ones. By FFT it is the DCT-II for all.
 GROUPS = [
@@ -24,11 +21,7 @@ GROUPS = [
 
 @pytest.mark.parametrize(('case', 'names', 'form'), GROUPS)
 def test_equals_the_official_code(case, names, form):
-  with np.load(VECTORS, allow_pickle=False) as f:
-    meta = json.loads(str(f['meta']))
-    starts = {n: jnp.asarray(f[f'{n}/start']) for n in names}
-    grads = {n: f[f'{n}/gradients'] for n in names}
-    expected = {n: f[f'{n}/{case}'] for n in names}
+  meta, _ = read('trion')
   tx = lrjax.trion(
     meta['lr'],
     meta['rank'],
@@ -37,14 +30,6 @@ def test_equals_the_official_code(case, names, form):
     basis=functools.partial(lrjax.dct, form=form),
     weight_decay=meta['weight_decay'],
   )
-
-  @jax.jit
-  def step(w, state, g):
-    u, state = tx.update(g, state, w)
-    return jax.tree.map(jnp.add, w, u), state
-
-  w, state = starts, tx.init(starts)
-  for t in range(len(grads[names[0]])):
-    w, state = step(w, state, {n: g[t] for n, g in grads.items()})
-    for n in names:
-      np.testing.assert_allclose(w[n], expected[n][t], atol=1e-6, rtol=0)
+  key = lambda name: f'{name}/{case}'
+  error, _ = replay(tx, 'trion', names=names, key=key, move=jnp.add)
+  assert error <= 1e-6

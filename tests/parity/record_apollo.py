@@ -13,18 +13,17 @@ compressed side first).
 import importlib.metadata
 
 import numpy as np
-from inputs import KEPT, NAMES, inputs, write
+from inputs import KEPT, NAMES, follow, inputs, parameter, write
 
 VARIANTS = {
   'channel': dict(rank=4, scale_type='channel', scale=1.0, front=False),
   'tensor': dict(rank=1, scale_type='tensor', scale=128.0, front=False),
   'tensor_front': dict(rank=1, scale_type='tensor', scale=128.0, front=True),
 }
-GAP, LR, WEIGHT_DECAY = 10, 1e-2, 0.1
+GAP, SETTINGS = 10, dict(lr=1e-2, weight_decay=0.1)
 
 
 def main() -> None:
-  import torch
   from apollo_torch import APOLLOAdamW
   from apollo_torch.random_projector import GradientProjector
 
@@ -39,34 +38,27 @@ def main() -> None:
   GradientProjector.get_orthogonal_matrix = recorded
   out = {}
   for variant, args in VARIANTS.items():
-    front = args['front']
     group = {k: v for k, v in args.items() if k != 'front'}
     group |= dict(proj='random', update_proj_gap=GAP, proj_type='std')
+    settings = dict(SETTINGS, scale_front=args['front'], no_deprecation_warning=True)
     for name in NAMES:
       start, gradients = inputs(name)
       drawn.clear()
-      p = torch.nn.Parameter(torch.tensor(start.T.copy()))  # torch keeps (out, in)
-      groups = [{'params': [p], **group}]
-      kw = dict(lr=LR, weight_decay=WEIGHT_DECAY, scale_front=front)
-      tx = APOLLOAdamW(groups, no_deprecation_warning=True, **kw)
-      path = []
-      for g in gradients:
-        p.grad = torch.tensor(g.T.copy())
-        tx.step()
-        path.append(p.detach().numpy().T.copy())
-      out[f'{variant}/{name}/params'] = np.stack([path[t] for t in KEPT])
+      p = parameter(start)
+      tx = APOLLOAdamW([{'params': [p], **group}], **settings)
+      out[f'{variant}/{name}/params'] = follow(p, tx, gradients)[KEPT]
       out[f'{variant}/{name}/sketches'] = np.stack(drawn)
-  meta = dict(
+  write(
+    'apollo',
+    out,
     package='apollo-torch ' + importlib.metadata.version('apollo-torch'),
     repository='zhuhanqing/APOLLO',
     cls='APOLLOAdamW',
-    lr=LR,
-    weight_decay=WEIGHT_DECAY,
     kept=KEPT,
     update_proj_gap=GAP,
     variants=VARIANTS,
+    **SETTINGS,
   )
-  write('apollo', meta, out)
 
 
 if __name__ == '__main__':

@@ -11,15 +11,11 @@ is exact. Gradients keep away from zero, since bitsandbytes rounds the smallest 
 moments to zero and lrjax does not.
 """
 
-import importlib.metadata
-import json
-import pathlib
-
 import numpy as np
+from inputs import write
 
 SHAPE, STEPS, BLOCK = (64, 8), 12, 256  # (k, r): bitsandbytes has rows first
 ARGS = dict(lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-PATH = pathlib.Path(__file__).with_suffix('.npz').with_name('eight_bit.npz')
 
 
 def gradients() -> np.ndarray:
@@ -67,12 +63,7 @@ def main() -> None:
       {n: s[n].numpy().copy() for n in names} | {'p': p.detach().numpy().copy()}
     )
   out |= {f'adam/{n}': np.stack([s[n] for s in seen]) for n in seen[0]}
-  versions = {
-    n: importlib.metadata.version(n) for n in ('torch', 'bitsandbytes', 'numpy')
-  }
-  meta = np.array(json.dumps(dict(versions=versions, **ARGS)))
-  np.savez_compressed(PATH, meta=meta, **out)
-  print(f'wrote {PATH} with {versions}')
+  write('eight_bit', out, 'bitsandbytes', **ARGS)
 
 
 if __name__ == '__main__':

@@ -17,28 +17,23 @@ as P (compressed side first), in order of use. What is put right or moved here:
 """
 
 import importlib
-import sys
 import types
 
 import numpy as np
-from inputs import KEPT, NAMES, inputs, write
+from inputs import KEPT, NAMES, inputs, parameter, step, stub, write
 
 COMMIT = 'f329bbc1b6dd08f0d677d369f77ef8cfcae4fcef'
 RANK, KAPPA, B1, LR = 4, 5, 0.9, 1e-2
 
 
 def torch_runs() -> dict:
-  import torch
-
-  accelerate = types.ModuleType('accelerate')
-  accelerate.Accelerator = object
-  sys.modules['accelerate'] = accelerate
+  stub('accelerate', Accelerator=object)
   from flora_opt.optimizers.torch import flora
 
   out = {}
   for name in NAMES:
     start, gradients = inputs(name)
-    p = torch.nn.Parameter(torch.tensor(start.T.copy()))  # torch keeps (out, in)
+    p = parameter(start)
     tx = flora.Flora([p], lr=LR, rank=RANK, beta1=B1, relative_step=False)
     left = p.shape[0] < p.shape[1]
 
@@ -52,12 +47,10 @@ def torch_runs() -> dict:
     for t, g in enumerate(gradients):
       turning = t > 0 and t % KAPPA == 0
       tx.param_groups[0]['kappa'] = 1 if turning else 10**9
-      p.grad = torch.tensor(g.T.copy())
-      tx.step()
+      path.append(step(p, tx, g))
       if turning:
         drawn.append(sketch())
-      path.append(p.detach().numpy().T.copy())
-    out[f'torch/{name}/params'] = np.stack([path[t] for t in KEPT])
+    out[f'torch/{name}/params'] = np.stack(path)[KEPT]
     out[f'torch/{name}/drawn'] = np.stack(drawn)
   return out
 
@@ -104,13 +97,15 @@ def flax_runs() -> dict:
         p = np.asarray(flora.random_generate(state[1].decomposition.proj, shape))
         drawn.append(p.T if left else p)
       path.append(np.asarray(w).T)
-    out[f'flax/{name}/params'] = np.stack([path[t] for t in KEPT])
+    out[f'flax/{name}/params'] = np.stack(path)[KEPT]
     out[f'flax/{name}/drawn'] = np.stack(drawn)
   return out
 
 
 def main() -> None:
-  meta = dict(
+  write(
+    'flora',
+    torch_runs() | flax_runs(),
     repository='BorealisAI/flora-opt',
     commit=COMMIT,
     cls='flora_opt.optimizers.torch.flora.Flora, flora_opt.optimizers.optax.flora.flora',
@@ -120,7 +115,6 @@ def main() -> None:
     lr=LR,
     kept=KEPT,
   )
-  write('flora', meta, torch_runs() | flax_runs())
 
 
 if __name__ == '__main__':

@@ -18,10 +18,10 @@ import math
 import sys
 
 import numpy as np
-from inputs import KEPT, write
+from inputs import KEPT, decaying_gradients, fix_signs, parameter, seed, weights, write
 
 COMMIT = 'c7ebe4c242f7908e036c287e3a10512a84634648'
-STEPS, LR, WEIGHT_DECAY, GAP, DENSITY = 25, 1e-2, 0.1, 10, 0.25
+LR, WEIGHT_DECAY, GAP, DENSITY = 1e-2, 0.1, 10, 0.25
 # (in, out), with sizes where rounding and flooring a quarter differ.
 SHAPES = {'tall': (7, 6), 'wide': (10, 11)}
 BLOCKS = 7
@@ -43,30 +43,18 @@ RUNS = {
 }
 
 
-def gradients(seed: int, shape: tuple[int, ...]) -> np.ndarray:
-  """Gradients (steps, *shape) with a decaying spectrum that slowly turns."""
-  rng = np.random.default_rng(seed)
-  n, m = shape
-  s = min(n, m)
-  u, v = (np.linalg.qr(rng.standard_normal((x, s)))[0] for x in (n, m))
-  noise = 0.1 * rng.standard_normal((STEPS, n, m))
-  return ((u * 0.7 ** np.arange(s)) @ v.T + noise).astype(np.float32)
-
-
 def run(cls, options: dict, grads: list) -> tuple:
   """(start, params of kept steps, indices after each refresh) of matrices (in, out)."""
   import torch
 
   rng = np.random.default_rng(7)
-  # Small weights, so that float32 rounding of the sum stays below the tolerance.
-  start = [(0.1 * rng.standard_normal(g.shape[1:])).astype(np.float32) for g in grads]
-  # torch keeps (out, in)
-  params = [torch.nn.Parameter(torch.tensor(w.T.copy())) for w in start]
+  start = [weights(g.shape[1:], rng) for g in grads]
+  params = [parameter(w) for w in start]
   groups = [dict(params=params, is_proj_params=True)]
   shared = dict(update_gap=GAP, density=DENSITY, lr=LR, weight_decay=WEIGHT_DECAY)
   tx = cls(groups, **shared, **options)
   path, drawn = [], []
-  for t in range(STEPS):
+  for t in range(len(grads[0])):
     for p, g in zip(params, grads):
       p.grad = torch.tensor(g[t].T.copy())
     tx.step()
@@ -83,24 +71,16 @@ def main() -> None:
   import frugal
   from frugal.galore_projector import GaLoreProjector
 
-  plain = GaLoreProjector._get_orthogonal_matrix
-
-  def canonical(self, weights, rank, type):
-    p = plain(self, weights, rank, type)
-    axis = 0 if type == 'right' else 1  # the axis that runs along the rank
-    largest = p.abs().argmax(1 - axis, keepdim=True)
-    return p * torch.sign(torch.gather(p, 1 - axis, largest))
-
-  GaLoreProjector._get_orthogonal_matrix = canonical
+  fix_signs(GaLoreProjector, '_get_orthogonal_matrix')
   torch.manual_seed(0)
-  out = {f'{n}/gradients': gradients(sum(map(ord, n)), s) for n, s in SHAPES.items()}
-  out['blocks/gradients'] = np.stack([gradients(i, (4, 6)) for i in range(BLOCKS)], 1)
+  out = {f'{n}/gradients': decaying_gradients(seed(n), s) for n, s in SHAPES.items()}
+  blocks = [decaying_gradients(i, (4, 6)) for i in range(BLOCKS)]
+  out['blocks/gradients'] = np.stack(blocks, 1)
   for name, (cls, options) in RUNS.items():
     if 'Adam' in cls:
       options = dict(options, no_deprecation_warning=True)
     if name == 'blocks':
-      grads = list(np.moveaxis(out['blocks/gradients'], 1, 0))
-      start, path, _ = run(getattr(frugal, cls), options, grads)
+      start, path, _ = run(getattr(frugal, cls), options, blocks)
       out['blocks/start'], out['blocks/params'] = np.stack(start), np.stack(path, 1)
       continue
     for shape in SHAPES:
@@ -110,7 +90,9 @@ def main() -> None:
       out[f'{name}/{shape}/start'], out[f'{name}/{shape}/params'] = start[0], path[0]
       if drawn:
         out[f'{name}/{shape}/indices'] = np.stack(drawn)
-  meta = dict(
+  write(
+    'frugal',
+    out,
     repository='fzmushko/FRUGAL',
     commit=COMMIT,
     runs=RUNS,
@@ -120,7 +102,6 @@ def main() -> None:
     density=DENSITY,
     kept=KEPT,
   )
-  write('frugal', meta, out)
 
 
 if __name__ == '__main__':

@@ -13,31 +13,30 @@ the stored momentum misses one step. Here the stored one is rotated in place.
 """
 
 import numpy as np
-from inputs import KEPT, NAMES, inputs, write
+from inputs import KEPT, NAMES, fix_signs, follow, inputs, parameter, write
 
 COMMIT = '7ee5a8a461f8bc5bfaccf46c54513a783b09bc6b'
 ARGS = dict(rank=4, update_proj_gap=5, scale=0.25, proj_type='std', rand_epoch=12)
-LR, WEIGHT_DECAY = 1e-2, 0.1
+SETTINGS = dict(lr=1e-2, weight_decay=0.1)
 
 
 def main() -> None:
-  import torch
   from golore_torch.adamw import AdamW
   from golore_torch.golore_projector import GoLoreProjector
 
   plain = GoLoreProjector.get_orthogonal_matrix
+  fix_signs(GoLoreProjector)
+  fixed = GoLoreProjector.get_orthogonal_matrix
   drawn = []
 
-  def canonical(self, weights, rank, type, rand=False):
+  def basis(self, weights, rank, type, rand=False):
+    if not rand:
+      return fixed(self, weights, rank, type)
     p = plain(self, weights, rank, type, rand)
-    if rand:
-      drawn.append((p.T if type == 'right' else p).numpy().copy())
-      return p
-    axis = 0 if type == 'right' else 1  # the axis that runs along the rank
-    largest = p.abs().argmax(1 - axis, keepdim=True)
-    return p * torch.sign(torch.gather(p, 1 - axis, largest))
+    drawn.append((p.T if type == 'right' else p).numpy().copy())
+    return p
 
-  GoLoreProjector.get_orthogonal_matrix = canonical
+  GoLoreProjector.get_orthogonal_matrix = basis
   project = GoLoreProjector.project
 
   def rotating(state):
@@ -56,27 +55,14 @@ def main() -> None:
   for name in NAMES:
     start, gradients = inputs(name)
     drawn.clear()
-    p = torch.nn.Parameter(torch.tensor(start.T.copy()))  # torch keeps (out, in)
-    groups = [{'params': [p], **ARGS}]
-    tx = AdamW(groups, lr=LR, weight_decay=WEIGHT_DECAY, no_deprecation_warning=True)
+    p = parameter(start)
+    tx = AdamW([{'params': [p], **ARGS}], no_deprecation_warning=True, **SETTINGS)
     GoLoreProjector.project = rotating(tx.state[p])
-    path = []
-    for g in gradients:
-      p.grad = torch.tensor(g.T.copy())
-      tx.step()
-      path.append(p.detach().numpy().T.copy())
-    out[f'{name}/params'] = np.stack([path[t] for t in KEPT])
+    out[f'{name}/params'] = follow(p, tx, gradients)[KEPT]
     out[f'{name}/drawn'] = np.stack(drawn)
-  meta = dict(
-    repository='pkumelon/Golore',
-    commit=COMMIT,
-    cls='golore_torch.adamw.AdamW',
-    lr=LR,
-    weight_decay=WEIGHT_DECAY,
-    kept=KEPT,
-    **ARGS,
-  )
-  write('golore', meta, out)
+  cls = 'golore_torch.adamw.AdamW'
+  meta = dict(repository='pkumelon/Golore', commit=COMMIT, cls=cls, kept=KEPT)
+  write('golore', out, **meta, **SETTINGS, **ARGS)
 
 
 if __name__ == '__main__':

@@ -9,10 +9,8 @@ the sign convention of `lrjax.bases.orthonormal.fix_signs`, because moments that
 depend on signs that LAPACK leaves open.
 """
 
-from importlib.metadata import version
-
 import numpy as np
-from inputs import write
+from inputs import fix_signs, parameter, weights, write
 
 LAYERS, ACTIVE, SHAPE, STEPS = 4, 2, (6, 10), 30
 ARGS = dict(rank=3, update_proj_gap=5, scale=1.0, proj_type='std')
@@ -40,19 +38,9 @@ def main() -> None:
   from galore_torch import GaLoreAdamW
   from galore_torch.galore_projector import GaLoreProjector
 
-  plain = GaLoreProjector.get_orthogonal_matrix
-
-  def canonical(self, weights, rank, type):
-    p = plain(self, weights, rank, type)
-    axis = 0 if type == 'right' else 1  # the axis that runs along the rank
-    largest = p.abs().argmax(1 - axis, keepdim=True)
-    return p * torch.sign(torch.gather(p, 1 - axis, largest))
-
-  GaLoreProjector.get_orthogonal_matrix = canonical
-  start = 0.1 * np.random.default_rng(7).standard_normal((LAYERS, *SHAPE))
-  start = start.astype(np.float32)
-  # torch keeps (out, in)
-  layers = [torch.nn.Parameter(torch.tensor(w.T.copy())) for w in start]
+  fix_signs(GaLoreProjector)
+  start = weights((LAYERS, *SHAPE))
+  layers = [parameter(w) for w in start]
   groups = [{'params': [p], **ARGS} for p in layers]
   tx = GaLoreAdamW(
     groups, lr=LR, weight_decay=WEIGHT_DECAY, no_deprecation_warning=True
@@ -68,7 +56,7 @@ def main() -> None:
   arrays = dict(
     start=start, gradients=gradients(), params=np.stack(path), active=active_layers()
   )
-  write('owlore', {'galore-torch': version('galore-torch'), **meta}, arrays)
+  write('owlore', arrays, 'galore-torch', **meta)
 
 
 if __name__ == '__main__':

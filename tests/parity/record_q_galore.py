@@ -2,7 +2,7 @@
 
 Needs torch, bitsandbytes (imported by the package, not used here) and the repository
 VITA-Group/Q-GaLore at the commit below on PYTHONPATH, then
-`python tests/parity/record_q_galore.py COMMIT`. The file it writes is data alone; nothing
+`python tests/parity/record_q_galore.py`. The file it writes is data alone; nothing
 of that package is needed by the tests.
 
 Provenance: VITA-Group/Q-GaLore, commit 5bd2f1c5a1aded31223d7f15c4604c4d56cfe1e6,
@@ -13,13 +13,10 @@ around them needs a GPU and a bitsandbytes older than 0.44. Patched here: the ba
 the sign convention of `lrjax.fix_signs`, because LAPACK leaves signs open.
 """
 
-import importlib.metadata
-import json
-import pathlib
-import sys
-
 import numpy as np
+from inputs import decaying, fix_signs, seed, write
 
+COMMIT = '5bd2f1c5a1aded31223d7f15c4604c4d56cfe1e6'
 SHAPES = {'tall': (16, 8), 'wide': (8, 16), 'square': (12, 12)}  # (in, out)
 STEPS = 18
 ARGS = dict(
@@ -32,21 +29,13 @@ ARGS = dict(
   gamma_proj=2,
   queue_size=3,
 )
-PATH = pathlib.Path(__file__).with_suffix('.npz').with_name('q_galore.npz')
 
 
 def gradients(name: str) -> np.ndarray:
   """Seeded gradients (steps, in, out) that turn wildly up to step 4 and little then."""
-  rng = np.random.default_rng(sum(map(ord, name)))
-  n, m = SHAPES[name]
-  s = min(n, m)
-
-  def base() -> np.ndarray:
-    u, v = (np.linalg.qr(rng.standard_normal((x, s)))[0] for x in (n, m))
-    return (u * 0.7 ** np.arange(s)) @ v.T
-
-  bases = [base() for _ in range(5)]
-  noise = 0.02 * rng.standard_normal((STEPS, n, m))
+  rng = np.random.default_rng(seed(name))
+  bases = [decaying(rng, SHAPES[name]) for _ in range(5)]
+  noise = 0.02 * rng.standard_normal((STEPS, *SHAPES[name]))
   steps = [bases[min(t, 4)] + noise[t] for t in range(STEPS)]
   return np.stack(steps).astype(np.float32)
 
@@ -56,15 +45,7 @@ def main() -> None:
   from q_galore_torch import QGaLoreAdamW8bit
   from q_galore_torch.q_galore_projector import GaLoreProjector
 
-  plain = GaLoreProjector.get_orthogonal_matrix
-
-  def canonical(self, weights, rank, type):
-    p = plain(self, weights, rank, type)
-    axis = 0 if type == 'right' else 1  # the axis that runs along the rank
-    largest = p.abs().argmax(1 - axis, keepdim=True)
-    return p * torch.sign(torch.gather(p, 1 - axis, largest))
-
-  GaLoreProjector.get_orthogonal_matrix = canonical
+  fix_signs(GaLoreProjector)
   out = {}
   for name in SHAPES:
     for quant in (True, False):
@@ -101,13 +82,7 @@ def main() -> None:
   codes, scales, zeros = QGaLoreAdamW8bit._quantize(None, torch.tensor(w), 32, 8)
   out |= {'weight/w': w, 'weight/codes': codes.numpy()}
   out |= {'weight/scales': scales.numpy(), 'weight/zeros': zeros.numpy()}
-  names = ('torch', 'numpy')
-  versions = {n: importlib.metadata.version(n) for n in names}
-  meta = dict(
-    versions=versions, repository='VITA-Group/Q-GaLore', commit=sys.argv[1], **ARGS
-  )
-  np.savez_compressed(PATH, meta=np.array(json.dumps(meta)), **out)
-  print(f'wrote {PATH} with {versions}')
+  write('q_galore', out, repository='VITA-Group/Q-GaLore', commit=COMMIT, **ARGS)
 
 
 if __name__ == '__main__':

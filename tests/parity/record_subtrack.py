@@ -12,8 +12,7 @@ never updates the others' subspace. `adaptive_optimizer` is off: the code moves 
 after the update they should have served, from the first basis instead of the last one.
 """
 
-import numpy as np
-from inputs import KEPT, inputs, write
+from inputs import KEPT, fix_signs, follow, inputs, parameter, write
 
 COMMIT = '94f2b654e8e52351eb26166dc2c047027aa01143'
 ARGS = dict(
@@ -30,7 +29,7 @@ ARGS = dict(
   adaptive_optimizer=False,
   recovery_scaling=True,
 )
-LR, WEIGHT_DECAY, NAME = 1e-2, 0.1, 'tall'
+SETTINGS, NAME = dict(lr=1e-2, weight_decay=0.1), 'tall'
 
 
 def main() -> None:
@@ -40,39 +39,25 @@ def main() -> None:
 
   move = torch.Tensor.to
   torch.Tensor.to = lambda x, *a, **kw: x if a[:1] == ('cuda',) else move(x, *a, **kw)
-  plain = LowRankProjector.get_orthogonal_matrix
-
-  def canonical(self, weights, rank, type, rand):
-    p = plain(self, weights, rank, type, rand)
-    axis = 0 if type == 'right' else 1  # the axis that runs along the rank
-    largest = p.abs().argmax(1 - axis, keepdim=True)
-    return p * torch.sign(torch.gather(p, 1 - axis, largest))
-
-  LowRankProjector.get_orthogonal_matrix = canonical
+  fix_signs(LowRankProjector)
   track = LowRankProjector.track_the_subspace
   LowRankProjector.track_the_subspace = lambda self, g: track(self, g / g.norm())
   start, gradients = inputs(NAME)
-  p = torch.nn.Parameter(torch.tensor(start.T.copy()))  # torch keeps (out, in)
-  groups = [{'params': [p], **ARGS}]
-  tx = AdamW(groups, lr=LR, weight_decay=WEIGHT_DECAY, no_deprecation_warning=True)
-  path = []
-  for g in gradients:
-    p.grad = torch.tensor(g.T.copy())
-    tx.step()
-    path.append(p.detach().numpy().T.copy())
+  p = parameter(start)
+  tx = AdamW([{'params': [p], **ARGS}], no_deprecation_warning=True, **SETTINGS)
+  path = follow(p, tx, gradients)
   basis = tx.state[p]['projector'].ortho_matrix.numpy()
-  arrays = dict(params=np.stack([path[t] for t in KEPT]), basis=basis)
-  meta = dict(
+  write(
+    'subtrack',
+    dict(params=path[KEPT], basis=basis),
     repository='criticalml-uw/SubTrack',
     commit=COMMIT,
     cls='low_rank_torch.adamw.AdamW',
     name=NAME,
-    lr=LR,
-    weight_decay=WEIGHT_DECAY,
     kept=KEPT,
+    **SETTINGS,
     **ARGS,
   )
-  write('subtrack', meta, arrays)
 
 
 if __name__ == '__main__':
