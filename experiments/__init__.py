@@ -12,5 +12,7 @@ os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 # orders on different devices, and a step that measures diagnostics did not end on one.
 _SCHEDULER = '--xla_cpu_enable_concurrency_optimized_scheduler'
 _flags = os.environ.get('XLA_FLAGS', '')
-if importlib.metadata.version('jaxlib').startswith('0.10.') and _SCHEDULER not in _flags:
+if (
+  importlib.metadata.version('jaxlib').startswith('0.10.') and _SCHEDULER not in _flags
+):
   os.environ['XLA_FLAGS'] = f'{_flags} {_SCHEDULER}=false'.strip()
