@@ -12,6 +12,6 @@ _flags = [
 ]
 os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *_flags]).strip()
 
-import jax
+import jax  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
