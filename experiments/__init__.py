@@ -8,11 +8,18 @@ import os
 # One thread was as fast on idle cores. It is read when numpy or jax is first imported.
 os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 
-# This version's other scheduler on CPUs may wait for ever: collectives start in different
-# orders on different devices, and a step that measures diagnostics did not end on one.
 _SCHEDULER = '--xla_cpu_enable_concurrency_optimized_scheduler'
-_flags = os.environ.get('XLA_FLAGS', '')
-if (
-  importlib.metadata.version('jaxlib').startswith('0.10.') and _SCHEDULER not in _flags
-):
-  os.environ['XLA_FLAGS'] = f'{_flags} {_SCHEDULER}=false'.strip()
+
+
+def one_process() -> None:
+  """Settings of XLA for a process that shares its work with no other; before it starts.
+
+  With the default scheduler of jaxlib 0.10 on CPUs simulated devices may start collectives
+  in different orders and wait for ever, and a step that measures diagnostics did not end.
+  Between processes it is the other way round: theirs agree on an order with the default
+  alone.
+  """
+  flags = os.environ.get('XLA_FLAGS', '')
+  affected = importlib.metadata.version('jaxlib').startswith('0.10.')
+  if affected and _SCHEDULER not in flags:
+    os.environ['XLA_FLAGS'] = f'{flags} {_SCHEDULER}=false'.strip()

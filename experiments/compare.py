@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from experiments import command_line
+from experiments import command_line, one_process
 from experiments.entry import run_command
 from experiments.signals import Preemption
 
@@ -43,6 +43,7 @@ class Command(command_line.Command):
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command; returns the exit code."""
   words = sys.argv[1:] if argv is None else argv
+  one_process()
   return run_command(lambda preemption: compare(words, preemption))
 
 

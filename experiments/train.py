@@ -8,7 +8,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from experiments import command_line
+from experiments import command_line, one_process
 from experiments.entry import run_command
 from experiments.signals import Preemption
 
@@ -69,6 +69,7 @@ def train(words: Sequence[str], preemption: Preemption) -> None:
 def connect(asked: Command) -> None:
   """Joins the other processes of a multi-process run."""
   if asked.coordinator is None:
+    one_process()
     return
   import jax
 

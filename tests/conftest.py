@@ -2,9 +2,10 @@
 
 import os
 
-import experiments  # noqa: F401 (sets what threads and schedulers need)
+from experiments import one_process
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+one_process()
 # Tests compile much and compute little: a third of their time is LLVM's optimiser.
 _flags = [
   '--xla_force_host_platform_device_count=8',

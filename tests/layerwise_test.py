@@ -86,7 +86,8 @@ ADAM = lrjax.adam(eps=1e-3)
 OPTIMIZERS = {
   'sgd': optax.sgd(0.1),
   'adam': optax.chain(ADAM, optax.scale(-1e-2)),
-  'galore': lrjax.galore(1e-2, 4, 2, base_optimizer=ADAM, weight_decay=0.1),
+  # Three examples make gradients of rank three; a fourth direction would be noise.
+  'galore': lrjax.galore(1e-2, 2, 2, base_optimizer=ADAM, weight_decay=0.1),
 }
 
 

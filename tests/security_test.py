@@ -299,7 +299,7 @@ def test_free_text_stays_text(attack, tmp_path, monkeypatch):
 def test_optimizer_state_is_arrays_alone(name):
   optimizer = dataclasses.replace(runner.tiny().optimizer, name=name, options={})
   tx = optimizers.make(runner.tiny(optimizer=optimizer))
-  state = tx.init({'layers': {'kernel': jnp.ones((200, 160))}, 'bias': jnp.ones(3)})
+  state = tx.init({'layers': {'kernel': jnp.ones((6, 200, 160))}, 'bias': jnp.ones(3)})
   for leaf in jax.tree.leaves(state):
     assert isinstance(leaf, jax.Array) and leaf.dtype.kind != 'O' and leaf.size
 

@@ -69,11 +69,12 @@ def outlier_scores(
   layers, leaves = find_layers(params, where), jax.tree.leaves(params)
   found = []
   for g in layers.groups:
-    if not hidden_kernels(g.path, leaves[g.leaves[0]]):
+    first = leaves[g.leaves[0]]
+    if not hidden_kernels(g.path, first) or first.ndim - g.stacked < 2:
       continue
     norms = None if x_norms is None else x_norms[g.path]
     if g.stacked:
-      ratio = outlier_ratio(leaves[g.leaves[0]], norms, M)
+      ratio = outlier_ratio(first, norms, M)
     else:
       by_layer = [None] * layers.count if norms is None else norms
       ratios = [outlier_ratio(leaves[i], x, M) for i, x in zip(g.leaves, by_layer)]
