@@ -42,8 +42,10 @@ def test_sigkill_loses_no_bits(trial, tmp_path, reference):
   assert runner.finish(words, root) == 0, runner.log_of(root)
   assert runner.final(run) == reference[1], f'killed at {kills}'
   resumed = [int(x) for x in re.findall(r'resume step=(\d+)', runner.log_of(root))]
-  # A save waits for the one before, so at most two intervals of 4 steps are lost.
-  assert all(a - b <= 8 for a, b in zip(reached, resumed, strict=True))
+  assert 1 <= len(resumed) <= len(kills)
+  # A save waits for the one before, so at most two intervals of 4 steps are lost. A
+  # process that was killed before it said where it resumed has not gone on either.
+  assert all(a - b <= 8 for a, b in zip(reached[-len(resumed) :], resumed))
 
 
 @pytest.mark.slow
