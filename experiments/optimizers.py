@@ -15,8 +15,6 @@ from lrjax.views import leaf_path
 StateDtype = Literal['float32', 'bfloat16']
 Inner = Literal['adam', 'lion', 'momentum', 'adafactor']
 Schedule = optax.ScalarOrSchedule
-# What the methods call the steps between refreshes.
-GAPS = ('update_proj_gap', 'update_gap', 'gap', 'period')
 Method = Callable[..., optax.GradientTransformation]
 
 
@@ -177,6 +175,4 @@ def update_gap(experiment: Experiment) -> int | None:
   o = experiment.optimizer
   parameters = inspect.signature(METHODS[o.name]).parameters
   options = {name: p.default for name, p in parameters.items()} | {**o.options}
-  if options.get('stagger'):
-    return None
-  return next((options[name] for name in GAPS if name in options), None)
+  return None if options.get('stagger') else options.get('update_proj_gap')

@@ -10,6 +10,7 @@ import optax
 from lrjax import residuals, transports
 from lrjax.moments import late_correction
 from lrjax.refreshes import every
+from lrjax.stacks import all_of
 from lrjax.types import Basis, Change, MatrixTransform, Refresh, Residual
 
 # An (r, k) array on which parts are tried for fit before there is any data.
@@ -92,7 +93,7 @@ def low_rank(
   ) -> tuple[LowRankState, jax.Array]:
     g = residual.before(g, s.residual)
     b = basis.fit(key, unit_scale(g), s.basis)
-    good = jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(b)]).all()
+    good = all_of(jnp.isfinite(x) for x in jax.tree.leaves(b))
     old, new = (matrix(x, len(g)) if matrix else None for x in (s.basis, b))
     change = NO_CHANGE
     if basis.change is not None:

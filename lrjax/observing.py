@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lrjax import refreshes
 from lrjax.branches import rarely
 from lrjax.types import MatrixTransform
 
@@ -135,7 +136,7 @@ def effective_rank(g: jax.Array) -> jax.Array:
 
 def overlap(p: jax.Array, q: jax.Array) -> jax.Array:
   """Share in [0, 1] of the span of q (d, r) that lies in the span of p (d, r)."""
-  return (jnp.sum(jnp.square(orth(p).T @ orth(q))) / q.shape[1]).astype(jnp.float32)
+  return refreshes.overlap(orth(p), orth(q)).astype(jnp.float32)
 
 
 def orth(p: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
-from lrjax.bases.orthonormal import DEFECT, HIGHEST
+from lrjax.bases.orthonormal import DEFECT, mm
 from lrjax.branches import rarely
 from lrjax.checks import floating
 
@@ -112,11 +112,11 @@ def cholesky_qr(x: jax.Array) -> jax.Array:
   """
 
   def whiten(y: jax.Array) -> jax.Array:
-    L = jnp.linalg.cholesky(jnp.matmul(y.T, y, precision=HIGHEST))
+    L = jnp.linalg.cholesky(mm(y.T, y))
     return solve_triangular(L, y.T, lower=True).T
 
   y = whiten(whiten(x))
-  defect = jnp.abs(jnp.matmul(y.T, y, precision=HIGHEST) - jnp.eye(y.shape[1])).max()
+  defect = jnp.abs(mm(y.T, y) - jnp.eye(y.shape[1])).max()
   # Not `defect > DEFECT`: of columns that depend on each other NaN is what comes out.
   failed = ~(defect < DEFECT)
   return rarely(failed, lambda x, y: householder_qr(x), lambda x, y: y, x, y)

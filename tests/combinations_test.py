@@ -26,6 +26,8 @@ BASES = {
   'columns': lrjax.columns,
   'entries': lrjax.entries,
   'dct': lrjax.dct,
+  'heaviest': lrjax.heaviest,
+  'tracked': lambda r: lrjax.switched(lrjax.svd(r), lrjax.grassmann(r), after=1),
   'two_sided': lambda r: lrjax.two_sided(lrjax.svd(r)),
   'bf16': lambda r: lrjax.stored_as(lrjax.svd(r), lrjax.cast(jnp.bfloat16)),
   'int8': lambda r: lrjax.stored_as(lrjax.eigh(r), lrjax.int8()),
@@ -61,6 +63,7 @@ TRANSPORTS = {
   'reset': lrjax.reset,
   'rotate': lrjax.rotate_square,
   'rotate_abs': lrjax.rotate_abs,
+  'rotate_first': lrjax.rotate_first,
   'projection_aware': lrjax.projection_aware(),
 }
 ROOMS = (BASES, INNERS, REFRESHES, RESIDUALS, TRANSPORTS)
@@ -74,7 +77,7 @@ def reason(basis, inner, refresh, residual, transport):
     and residual.startswith(('error_feedback', 'state_free')),
     'needs an inner state with `count`, `mu` and `nu`': transport == 'projection_aware'
     and inner not in ADAMS,
-    'rotating needs an inner state with moments': transport in ('rotate', 'rotate_abs')
+    'rotating needs an inner state with moments': transport.startswith('rotate')
     and inner in ('factored_rms', 'sgd'),
     'needs a basis with one matrix P': refresh == 'lazy'
     and basis in ('two_sided', 'entries'),

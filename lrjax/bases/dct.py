@@ -13,7 +13,7 @@ import numpy as np
 
 from lrjax.bases.columns import carry_over
 from lrjax.bases.heaviest import NORMS, largest
-from lrjax.bases.orthonormal import HIGHEST, down, up
+from lrjax.bases.orthonormal import down, mm, up
 from lrjax.checks import named, positive_int
 from lrjax.types import Basis
 
@@ -80,7 +80,7 @@ def dct(
     if path == 'fft' or (path is None and prefers_fft(d)):
       return TRANSFORMS[form](g)
     every = jnp.arange(d, dtype=jnp.int32)
-    return jnp.matmul(columns(every, d, g.dtype, form).T, g, precision=HIGHEST)
+    return mm(columns(every, d, g.dtype, form).T, g)
 
   fit = lambda key, g, b: largest(size(aligned(g)).sum(axis=1), b)
   P = lambda b, d, dtype: columns(b, d, dtype, form)

@@ -5,11 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lrjax.bases.orthonormal import orthonormal
+from lrjax.bases.orthonormal import mm, orthonormal
 from lrjax.checks import finite
 from lrjax.types import Basis
 
-HIGHEST = jax.lax.Precision.HIGHEST
 SQUARINGS = 6  # (F'F)^64: a ratio of 0.9 between singular values becomes 1e-6
 
 
@@ -46,15 +45,15 @@ def grassmann(rank: int, *, step_size: float = 0.5) -> Basis:
 
   def fit(key: Any, g: jax.Array, r: int, p: jax.Array) -> jax.Array:
     x = g / jnp.maximum(jnp.linalg.norm(g), jnp.finfo(g.dtype).tiny)
-    A = _mm(p.T, x)
-    F = -2 * _mm(x - _mm(p, A), A.T)
+    A = mm(p.T, x)
+    F = -2 * mm(x - mm(p, A), A.T)
     # Rounding leaves a part of F inside the subspace, which would bend P.
-    F = F - _mm(p, _mm(p.T, F))
+    F = F - mm(p, mm(p.T, F))
     s, u, v = leading(F)
     theta = jnp.minimum(step_size * s, jnp.pi / 2)
-    p = p + jnp.outer(_mm(p, v) * (jnp.cos(theta) - 1) - u * jnp.sin(theta), v)
+    p = p + jnp.outer(mm(p, v) * (jnp.cos(theta) - 1) - u * jnp.sin(theta), v)
     # One step of Newton's iteration takes away what rounding adds over many fits.
-    return 1.5 * p - 0.5 * _mm(p, _mm(p.T, p))
+    return 1.5 * p - 0.5 * mm(p, mm(p.T, p))
 
   return orthonormal(rank, fit, signs=False)
 
@@ -63,18 +62,14 @@ def leading(
   f: jax.Array,  # (d, r)
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """The largest singular value with its vectors u (d,), v (r,), by squaring f' f."""
-  gram = _mm(f.T, f)
+  gram = mm(f.T, f)
   tiny = jnp.finfo(f.dtype).tiny
   unit = lambda m: m / jnp.maximum(jnp.trace(m), tiny)
   power = unit(gram)
   for _ in range(SQUARINGS):
-    power = unit(_mm(power, power))
+    power = unit(mm(power, power))
   v = power[jnp.argmax(jnp.diagonal(power))]
   v = v / jnp.maximum(jnp.linalg.norm(v), tiny)
-  u = _mm(f, v)
+  u = mm(f, v)
   s = jnp.linalg.norm(u)
   return s, u / jnp.maximum(s, tiny), v
-
-
-def _mm(a: jax.Array, b: jax.Array) -> jax.Array:
-  return jnp.matmul(a, b, precision=HIGHEST)

@@ -59,9 +59,9 @@ def eigh(rank: int, *, signs: bool = True) -> Basis:
   def fit(key: Any, g: jax.Array, r: int, p: jax.Array) -> jax.Array:
     d, k = g.shape
     if d <= k:
-      return _leading(_mm(g, g.T), r)
+      return _leading(mm(g, g.T), r)
     # Squaring loses small singular values, so G V is orthonormalised, not divided.
-    return jnp.linalg.qr(_mm(g, _leading(_mm(g.T, g), r)))[0]
+    return jnp.linalg.qr(mm(g, _leading(mm(g.T, g), r)))[0]
 
   return orthonormal(rank, fit, signs=signs)
 
@@ -89,11 +89,11 @@ def randomized_svd(
 
   def fit(key: jax.Array, g: jax.Array, r: int, p: jax.Array) -> jax.Array:
     l = min(r + oversample, *g.shape)
-    q = _orth(_mm(g, jax.random.normal(key, (g.shape[1], l), g.dtype)))
+    q = _orth(mm(g, jax.random.normal(key, (g.shape[1], l), g.dtype)))
     for _ in range(power_steps):
-      q = _orth(_mm(g, _orth(_mm(g.T, q))))
-    low = _mm(q.T, g)
-    return _orth(_mm(q, _leading(_mm(low, low.T), r)))
+      q = _orth(mm(g, _orth(mm(g.T, q))))
+    low = mm(q.T, g)
+    return _orth(mm(q, _leading(mm(low, low.T), r)))
 
   return orthonormal(rank, fit, signs=signs)
 
@@ -123,10 +123,10 @@ def subspace_iteration(
 
   def fit(key: Any, g: jax.Array, r: int, p: jax.Array) -> jax.Array:
     for _ in range(steps):
-      p = orth(_mm(g, orth(_mm(g.T, p))))
-    low = _mm(p.T, g)
+      p = orth(mm(g, orth(mm(g.T, p))))
+    low = mm(p.T, g)
     # Within the subspace the columns are put in the order an SVD would give.
-    return orth(_mm(p, _leading(_mm(low, low.T), r)))
+    return orth(mm(p, _leading(mm(low, low.T), r)))
 
   return orthonormal(rank, fit, signs=signs, init=signed_cosines)
 
@@ -154,7 +154,7 @@ def orthonormal(
 
   def refit(key: Any, g: jax.Array, p: jax.Array) -> jax.Array:
     new = fit(key, g, p.shape[1], p)
-    defect = jnp.abs(_mm(new.T, new) - jnp.eye(new.shape[1], dtype=new.dtype)).max()
+    defect = jnp.abs(mm(new.T, new) - jnp.eye(new.shape[1], dtype=new.dtype)).max()
     new = fix_signs(new) if signs else new
     return jnp.where(defect < DEFECT, new, jnp.nan)
 
@@ -207,5 +207,6 @@ def _orth(y: jax.Array) -> jax.Array:
   return jnp.linalg.qr(y)[0]
 
 
-def _mm(a: jax.Array, b: jax.Array) -> jax.Array:
+def mm(a: jax.Array, b: jax.Array) -> jax.Array:
+  """A B at full precision: what factorisations are fed with, on accelerators too."""
   return jnp.matmul(a, b, precision=HIGHEST)

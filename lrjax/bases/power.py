@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-HIGHEST = jax.lax.Precision.HIGHEST
+from lrjax.bases.orthonormal import mm
 
 
 def power_step(
@@ -21,6 +21,5 @@ def power_step(
   >>> print(jnp.abs(p).round(4).T)
   [[1. 0.]]
   """
-  mm = lambda x, y: jnp.matmul(x, y, precision=HIGHEST)
   q = jnp.linalg.qr(mm(b, mm(b.T, p)))[0]
   return jnp.where(jnp.isfinite(q).all() & b.any(), q, p)

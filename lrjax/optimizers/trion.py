@@ -9,10 +9,12 @@ import optax
 
 from lrjax import bases, moments
 from lrjax.checks import finite, named
+from lrjax.low_rank import unit_scale
 from lrjax.matrices import on_matrices
 from lrjax.optimizers.assembly import Lift, lifted, ready
 from lrjax.orthogonalize import FAN_SCALES, ORTHOGONALIZERS
 from lrjax.refreshes import every
+from lrjax.stacks import all_of
 from lrjax.types import Basis, MatrixTransform
 
 
@@ -48,8 +50,8 @@ def orthonormal_momentum(
   def refit(
     key: jax.Array, g: jax.Array, s: TrionState
   ) -> tuple[TrionState, jax.Array]:
-    b = basis.fit(key, s.mu + g, s.basis)
-    good = jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(b)]).all()
+    b = basis.fit(key, unit_scale(s.mu + g), s.basis)
+    good = all_of(jnp.isfinite(x) for x in jax.tree.leaves(b))
     return s._replace(basis=b), good
 
   def update(g: jax.Array, s: TrionState) -> tuple[jax.Array, TrionState]:
