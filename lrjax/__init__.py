@@ -75,6 +75,10 @@ from lrjax.optimizers.trion import scale_by_trion, trion
 # Orthogonal factors.
 from lrjax.orthogonalize import cholesky_qr, newton_schulz, polar
 
+# Parameterizations: how a kernel is stored and applied.
+from lrjax.parameterizations.dense import dense
+from lrjax.parameterizations.factorized import factorized
+
 # The remaining parts of the loop.
 from lrjax.refreshes import every, lazy
 from lrjax.residuals import drop, error_feedback, scale_full, state_free
@@ -94,6 +98,7 @@ from lrjax.types import (
   Basis,
   Change,
   Codec,
+  Event,
   MatrixTransform,
   Parameterization,
   Refresh,
@@ -103,12 +108,16 @@ from lrjax.types import (
 )
 from lrjax.views import hidden_kernels
 
+# Parameterized kernels of a whole model.
+from lrjax.weights import Weights, convert, due_events, export, run_events, step_events
+
 __version__ = '0.1.0'
 
 __all__ = [
   'Basis',
   'Change',
   'Codec',
+  'Event',
   'MatrixTransform',
   'Parameterization',
   'Parts',
@@ -116,6 +125,7 @@ __all__ = [
   'Residual',
   'Split',
   'View',
+  'Weights',
   'accumulate_sketches',
   'adam',
   'affine',
@@ -125,20 +135,25 @@ __all__ = [
   'cast',
   'cholesky_qr',
   'columns',
+  'convert',
   'coverage',
   'dct',
   'dct_adamw',
+  'dense',
   'diagnostics',
   'dion',
   'dion2',
   'drop',
+  'due_events',
   'dynamic8',
   'eigh',
   'eight_bit',
   'entries',
   'error_feedback',
   'every',
+  'export',
   'factored_rms',
+  'factorized',
   'fira',
   'flora',
   'frugal',
@@ -172,6 +187,7 @@ __all__ = [
   'rotate_abs',
   'rotate_first',
   'rotate_square',
+  'run_events',
   'sampled_layers',
   'scale_by_apollo',
   'scale_by_apollo_mini',
@@ -193,6 +209,7 @@ __all__ = [
   'scale_full',
   'state_free',
   'state_specs',
+  'step_events',
   'stored_as',
   'subspace_iteration',
   'subtrack',

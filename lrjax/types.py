@@ -4,6 +4,7 @@ Letters: a matrix is (d, k) once its compressed axis comes first, r is the rank,
 low-rank quantities are (r, k). Flax kernels are (in, out).
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -144,20 +145,53 @@ class Split(NamedTuple):
   fixed: Mapping[str, jax.Array] = {}
 
 
-class Parameterization(NamedTuple):
-  """A weight as a value.
+class Event(NamedTuple):
+  """A change of the weights themselves, between two updates.
+
+  k is the number of updates completed. An event of k runs on the weights that have k
+  updates behind them, before the next one is computed; `lrjax.run_events` runs it on a
+  whole model.
+
+  Attributes:
+    name: by which it is asked for, logged and counted.
+    weights: `(key, Split, k int32[]) -> (Split, touched)`, for ONE matrix; shapes and
+      dtypes stay. `touched` maps names of `Split.train` ('' for a bare array) to True,
+      or to a bool array that broadcasts against the leaf: whose moments are changed.
+    due: `k -> bool` on a Python int; None: at every k, inside the compiled step.
+    moments: `(key, moment, start) -> moment`, what moments of touched entries become;
+      `start` is their value in a new optimizer. None: `start`.
+    everything: whether moments and step counts of ALL parameters start anew, as if the
+      optimizer were built again; schedules keep counting.
+    preserves: whether the function that the kernel computes stays as it was.
+  """
+
+  name: str
+  weights: Callable
+  due: Callable[[int], bool] | None = None
+  moments: Callable | None = None
+  everything: bool = False
+  preserves: bool = True
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Parameterization:
+  """A weight as a value; all functions are for ONE matrix.
 
   Attributes:
     init: `(key, shape (in, out), dtype) -> Split`.
-    from_dense: `(key, W (in, out)) -> Split`, exact or the best the method allows.
+    from_dense: `(key, W (in, out)) -> (Split, error)`, exact or the best the method
+      allows; `error` is the Frobenius norm of what is lost, relative to that of W.
     apply: `(Split, x (..., in)) -> (..., out)`; forms W only where it must.
     materialize: `(Split) -> W (in, out)`; None where the map is not linear in x.
-    axes: leaf name ('' for a bare array) -> one of 'in', 'out', None per axis, read by
-      sharding; None marks axes that stay whole, ranks for example.
+    axes: name of each array, trained or fixed ('' for a bare one) -> one of 'in', 'out',
+      None per axis. Sharding reads it; None marks axes that stay whole, ranks for
+      example. What comes before these axes in a model's tree is a stack of matrices.
+    events: that change it in the course of training.
   """
 
   init: Callable
   from_dense: Callable
   apply: Callable
   materialize: Callable | None = None
-  axes: Mapping[str, tuple] = {}
+  axes: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
+  events: tuple[Event, ...] = ()

@@ -22,6 +22,9 @@ _PLAIN = re.compile(
   re.IGNORECASE,
 )
 
+# Arrays of parameterized kernels that are vectors, whatever stack they come in.
+VECTORS = frozenset({'values', 'sigma', 'beta', 'theta'})
+
 Rules = Sequence[tuple[str, Any]]
 Where = str | Callable[[str, Any], bool]
 
@@ -75,7 +78,8 @@ def hidden_kernels(path: str, leaf: Any) -> bool:
   """The default choice of leaves: matrices that are not embeddings, heads or norms.
 
   A leaf is refused if a part of its path holds `embed` or `norm` or is `wte`, `wpe`,
-  `lm_head`, `head`, `logits`, `ln`, `bias` or `scale`.
+  `lm_head`, `head`, `logits`, `ln`, `bias` or `scale`, and if its last part names a
+  vector of a parameterized kernel: `values`, `sigma`, `beta` or `theta`.
 
   Args:
     path: the leaf's path, parts joined by '/'.
@@ -90,7 +94,8 @@ def hidden_kernels(path: str, leaf: Any) -> bool:
   >>> hidden_kernels('lm_head/kernel', jnp.zeros((8, 8)))
   False
   """
-  return len(leaf.shape) >= 2 and not _PLAIN.match(path)
+  is_vector = path.rpartition('/')[2] in VECTORS
+  return len(leaf.shape) >= 2 and not is_vector and not _PLAIN.match(path)
 
 
 def by_rule(rules: Rules, path: str, default: Any = None) -> Any:

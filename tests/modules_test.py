@@ -108,13 +108,13 @@ def test_linen_computes_what_nnx_computes(kernel):
   ours = Dense(8, 6, kernel=kernel, rngs=nnx.Rngs(0))
   nnx.update(ours, {'kernel': variables['params']['kernel']})
   if 'fixed' in variables:
-    nnx.update(ours, {'fixed': variables['fixed']['kernel']})
+    nnx.update(ours, {'fixed': variables['fixed']['fixed']})
   np.testing.assert_array_equal(layer.apply(variables, X), ours(X))
 
 
 def test_linen_draws_both_parts_from_one_key():
   variables = linen.Dense(6, kernel=paired()).init(jax.random.key(0), X)
-  kernel, fixed = variables['params']['kernel'], variables['fixed']['kernel']
+  kernel, fixed = variables['params']['kernel'], variables['fixed']['fixed']
   np.testing.assert_array_equal(kernel, fixed['copy'])
 
 
@@ -146,7 +146,8 @@ def test_linen_says_when_fixed_arrays_are_missing():
 def test_dense_parameterization():
   W = jnp.arange(6.0).reshape(2, 3)
   kernel = dense(jax.nn.initializers.ones)
-  made = kernel.from_dense(jax.random.key(0), W)
+  made, error = kernel.from_dense(jax.random.key(0), W)
+  assert error == 0
   np.testing.assert_array_equal(kernel.materialize(made), W)
   np.testing.assert_array_equal(
     kernel.apply(made, jnp.ones((4, 2))), jnp.ones((4, 2)) @ W

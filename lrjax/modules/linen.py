@@ -13,7 +13,7 @@ class Dense(nn.Module):
   """y = apply(kernel, x), with the kernel stored as its parameterization says.
 
   The train part is the leaf (or dict) `kernel` of the collection `params`, the fixed
-  part the dict `kernel` of the collection `fixed`. Under `nn.scan` or `nn.vmap` both
+  part the dict `fixed` of the collection `fixed`. Under `nn.scan` or `nn.vmap` both
   collections must be listed in `variable_axes`.
 
   Attributes:
@@ -44,6 +44,6 @@ class Dense(nn.Module):
     train = self.param('kernel', lambda _: draw(key).train)
     fixed = {}
     if jax.eval_shape(draw, key).fixed:
-      fixed = self.variable('fixed', 'kernel', lambda: draw(key).fixed).value
+      fixed = self.variable('fixed', 'fixed', lambda: draw(key).fixed).value
     cast = lambda a: in_dtype(a, self.dtype)
     return self.kernel.apply(jax.tree.map(cast, Split(train, fixed)), cast(x))

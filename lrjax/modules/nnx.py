@@ -57,12 +57,12 @@ class Dense(nnx.Module):
     self.fixed = nnx.Dict({k: Fixed(v) for k, v in split.fixed.items()})
     self.bias = nnx.Param(jnp.zeros(out_features, param_dtype)) if use_bias else None
     self.dtype = dtype
-    self._apply = kernel.apply
+    self.parameterization = kernel
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps x (..., in) to (..., out)."""
     cast = lambda a: in_dtype(a, self.dtype)
-    y = self._apply(jax.tree.map(cast, self.arrays()), cast(x))
+    y = self.parameterization.apply(jax.tree.map(cast, self.arrays()), cast(x))
     if self.bias is None:
       return y
     return y + jnp.broadcast_to(cast(self.bias[...]), y.shape)
@@ -104,3 +104,24 @@ def split(model: nnx.Module) -> tuple[Any, PyTree, PyTree]:
   """
   graphdef, params, rest = nnx.split(model, nnx.Param, ...)
   return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+
+
+def kernels(model: nnx.Module) -> dict[str, Parameterization]:
+  """The plan of a model: path of each `Dense` in it -> its parameterization.
+
+  Args:
+    model: any NNX module; one made by `nnx.eval_shape` will do.
+
+  Returns:
+    What `lrjax.run_events`, `lrjax.export` and `lrjax.convert` ask for.
+
+  Examples:
+    >>> from flax import nnx
+    >>> list(kernels(nnx.Sequential(Dense(4, 3, rngs=nnx.Rngs(0)))))
+    ['layers/0']
+  """
+  return {
+    '/'.join(map(str, path)): module.parameterization
+    for path, module in nnx.iter_modules(model)
+    if isinstance(module, Dense)
+  }

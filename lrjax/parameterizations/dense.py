@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 
+from lrjax.parameterizations.factors import value
 from lrjax.types import Parameterization, Split
 
 
+@value
 def dense(
   initializer: jax.nn.initializers.Initializer | None = None,
 ) -> Parameterization:
@@ -28,17 +30,8 @@ def dense(
   draw = initializer or jax.nn.initializers.normal(0.02)
   return Parameterization(
     init=lambda key, shape, dtype: Split(draw(key, shape, dtype)),
-    from_dense=lambda key, W: Split(jnp.asarray(W)),
-    apply=_apply,
-    materialize=_materialize,
+    from_dense=lambda key, W: (Split(jnp.asarray(W)), jnp.float32(0)),
+    apply=lambda split, x: x @ split.train,
+    materialize=lambda split: split.train,
     axes={'': ('in', 'out')},
   )
-
-
-# Not closures, so that two models built alike have equal graph definitions.
-def _apply(split, x):
-  return x @ split.train
-
-
-def _materialize(split):
-  return split.train
