@@ -78,11 +78,13 @@ from lrjax.orthogonalize import cholesky_qr, newton_schulz, polar
 # Parameterizations: how a kernel is stored and applied.
 from lrjax.parameterizations.dense import dense
 from lrjax.parameterizations.factorized import factorized
+from lrjax.penalties import add_penalty, frobenius, frobenius_decay
 
 # The remaining parts of the loop.
 from lrjax.refreshes import every, lazy
 from lrjax.residuals import drop, error_feedback, scale_full, state_free
 from lrjax.sampling import sampled_layers
+from lrjax.schedules import with_restarts
 from lrjax.sharding import state_specs
 from lrjax.transports import (
   keep,
@@ -128,6 +130,7 @@ __all__ = [
   'Weights',
   'accumulate_sketches',
   'adam',
+  'add_penalty',
   'affine',
   'apollo',
   'apollo_mini',
@@ -156,6 +159,8 @@ __all__ = [
   'factorized',
   'fira',
   'flora',
+  'frobenius',
+  'frobenius_decay',
   'frugal',
   'galore',
   'galore_8bit',
@@ -217,4 +222,5 @@ __all__ = [
   'switched',
   'trion',
   'two_sided',
+  'with_restarts',
 ]
