@@ -78,6 +78,8 @@ from lrjax.orthogonalize import cholesky_qr, newton_schulz, polar
 # Parameterizations: how a kernel is stored and applied.
 from lrjax.parameterizations.dense import dense
 from lrjax.parameterizations.factorized import factorized
+from lrjax.parameterizations.lost import lost
+from lrjax.parameterizations.sltrain import sltrain
 from lrjax.penalties import add_penalty, frobenius, frobenius_decay
 
 # The remaining parts of the loop.
@@ -176,6 +178,7 @@ __all__ = [
   'layerwise',
   'lazy',
   'ldadam',
+  'lost',
   'low_rank',
   'newton_schulz',
   'on_matrices',
@@ -212,6 +215,7 @@ __all__ = [
   'scale_by_subtrack',
   'scale_by_trion',
   'scale_full',
+  'sltrain',
   'state_free',
   'state_specs',
   'step_events',

@@ -8,6 +8,14 @@ from lrjax.testing.parameterizations import CHECKS, Case
 CASES = {
   'dense': Case(lrjax.dense(), lrjax.dense()),
   'factorized': Case(lrjax.factorized(4, restart_every=3), lrjax.factorized(12)),
+  'lost': Case(
+    lrjax.lost(4, 0.25, act=None, rescale=True), lrjax.lost(12, 0.1, act=None)
+  ),
+  'lost_silu': Case(lrjax.lost(4, 0.25)),
+  'sltrain': Case(
+    lrjax.sltrain(4, 0.2, restart_every=3, shards=(2, 2)), lrjax.sltrain(4, 1.0)
+  ),
+  'sltrain_silu': Case(lrjax.sltrain(4, 0.2, None, 'silu')),
 }
 
 
