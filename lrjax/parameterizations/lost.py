@@ -80,9 +80,9 @@ def lost(
       f' {gamma}; the low-rank part alone is lrjax.factorized'
     )
   first_rows = named('sparse_init', sparse_init, _ROWS)
-  bend = (lambda z: z) if act is None else named('act', act, factors.ACTS)
+  activation = (lambda z: z) if act is None else named('act', act, factors.ACTS)
 
-  def split(W: jax.Array) -> tuple[jax.Array, ...]:
+  def decompose(W: jax.Array) -> tuple[jax.Array, ...]:
     a, b = factors.spectral(W, factors.check_rank(rank, W.shape))
     rest = W - factors.product(a, b)
     score, k = jnp.linalg.norm(rest, axis=1), _count(channel_ratio, W.shape)
@@ -94,7 +94,7 @@ def lost(
 
   def init(key: jax.Array, shape: tuple, dtype: jax.typing.DTypeLike) -> Split:
     W = factors.dense_init(key, shape)
-    a, b, rest, channels = split(W)
+    a, b, rest, channels = decompose(W)
     train = {'a': a, 'b': b, 'rows': first_rows(W, rest)[channels]}
     if rescale:
       grow = jnp.linalg.norm(W) / jnp.linalg.norm(kernel(train, channels))
@@ -104,7 +104,7 @@ def lost(
 
   def from_dense(key: jax.Array, W: jax.Array) -> tuple[Split, jax.Array]:
     full = W.astype(jnp.float32)
-    channels = split(full)[-1]
+    channels = decompose(full)[-1]
     a, b = factors.spectral(full.at[channels].set(0), rank)
     root = jnp.sqrt(gamma)
     rows = full[channels] / (1 - gamma)
@@ -114,7 +114,7 @@ def lost(
 
   def apply(split: Split, x: jax.Array) -> jax.Array:
     train, channels = split.train, split.fixed['channels']
-    low = (gamma * bend(factors.down(x, train['a']))) @ train['b']
+    low = (gamma * activation(factors.down(x, train['a']))) @ train['b']
     chosen = x.at[..., channels].get(**sparse.KNOWN)
     return low + ((1 - gamma) * chosen) @ train['rows']
 

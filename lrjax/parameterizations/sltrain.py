@@ -26,27 +26,28 @@ def sltrain(
   act: factors.Act | None = None,
   restart_every: int | None = None,
   shards: tuple[int, int] = (1, 1),
-  imported: Literal['random', 'largest'] = 'random',
+  import_support: Literal['random', 'largest'] = 'random',
 ) -> Parameterization:
-  r"""W = s ab + S, where S has trained values at places drawn once: y = x W.
+  r"""W = s ab + S, where S has trained values on a support drawn once: y = x W.
 
   .. math::
-    s = \alpha / r, \qquad S_{ij} = v_n \text{ for the n-th place } (i, j),
-    \text{ else } 0
+    s = \alpha / r, \qquad S_{ij} = v_n \text{ at the n-th place } (i, j)
+    \text{ of the support, else } 0
 
-  Start: a and v uniform on :math:`\pm` in^-1/2, b = 0; the places are
-  int(density in out) of all, uniformly. Almost surely W has full rank.
+  Start: a and v uniform on :math:`\pm` in^-1/2, b = 0, a uniformly random support of
+  int(density in out) places. W has full rank in general, if density min(in, out) is well
+  above log min(in, out).
 
   W is formed for each product, and once more in the backward pass: what is kept between
-  the two is x, a, b, v and the places, nothing of in * out numbers.
+  the two is x, a, b, v and the support, nothing of in * out numbers.
 
   With `act='silu'` the low-rank branch has a nonlinearity,
-  :math:`y = s\, \mathrm{silu}(x a) b + x S`, which was stable at extreme sparsity where
-  the plain sum was not, and no matrix stands for the layer any more.
+  :math:`y = s\, \mathrm{silu}(x a) b + x S`, reported to be stable at extreme sparsity
+  where the plain sum is not; no matrix stands for the layer then.
 
   Memory: r (in + out) + density in out weights, as many of each moment, and 4 bytes for
-  each place; while a kernel is used, one W and one gradient of W. Flops 2 in out a token,
-  as for a dense kernel, and 2 r in out a call to form W.
+  each place of the support; while a kernel is used, one W and one gradient of W. Flops
+  2 in out a token, as for a dense kernel, and 2 r in out a call to form W.
 
   Choose it where weights and moments are what does not fit, and you want full rank: at
   equal memory it is better than plain low-rank training, and slower. Published runs have
@@ -55,7 +56,7 @@ def sltrain(
 
   Args:
     rank: r, at most min(in, out).
-    density: share of places that S has, in (0, 1].
+    density: share of all places that are in the support, in (0, 1].
     alpha: s = alpha / r; None: s = tanh(theta) with a trained theta, 1 at the start.
     act: nonlinearity between a and b; None: none.
     restart_every: updates between restarts, which rebalance a and b and have the whole
@@ -64,8 +65,8 @@ def sltrain(
       blocks gets as many places, so that devices add the values of their own blocks.
       The law is the stratified version of the uniform one. Part of what a checkpoint
       means, as is the density: load it with the same.
-    imported: places that `from_dense` takes for what ab misses: `random`, as at the
-      start, or the `largest` errors.
+    import_support: where `from_dense` keeps what ab misses of a kernel: at `random`, as
+      at the start, or where that is `largest`.
 
   Returns:
     A Parameterization; its event is `restart`. Its gradient is of reverse mode only.
@@ -85,9 +86,9 @@ def sltrain(
   """
   sparse.check_fraction('density', density)
   shards = sparse.check_shards(shards)
-  places = named('imported', imported, _PLACES)
-  bend = None if act is None else named('act', act, factors.ACTS)
-  if bend and restart_every is not None:
+  choose_support = named('import_support', import_support, _SUPPORTS)
+  activation = None if act is None else named('act', act, factors.ACTS)
+  if activation and restart_every is not None:
     raise ValueError(
       'a restart turns the axis between a and b, which `act` does not survive; give'
       f' either act=None or restart_every=None, got {act!r} and {restart_every}'
@@ -121,7 +122,7 @@ def sltrain(
   def from_dense(key: jax.Array, W: jax.Array) -> tuple[Split, jax.Array]:
     a, b = factors.spectral(W, factors.check_rank(rank, W.shape))
     missed = W.astype(jnp.float32) - factors.product(a, b)
-    index = places(key, missed, density, shards)
+    index = choose_support(key, missed, density, shards)
     values = sparse.gather(missed, index, shards)
     left = sparse.scatter(missed, -values, index, shards)
     root = jnp.sqrt(scale(learned))
@@ -134,27 +135,27 @@ def sltrain(
     W = factors.product(scale(train) * train['a'], train['b'])
     return add_sparse(W, train, split.fixed).astype(split.train['a'].dtype)
 
-  times = _rebuilding(whole if bend is None else sparse_part)
+  times = _rebuilding(whole if activation is None else sparse_part)
 
   def apply(split: Split, x: jax.Array) -> jax.Array:
     train = split.train
     y = times(x, dict(train), dict(split.fixed))
-    if bend is None:
+    if activation is None:
       return y
-    return y + (scale(train) * bend(factors.down(x, train['a']))) @ train['b']
+    return y + (scale(train) * activation(factors.down(x, train['a']))) @ train['b']
 
   return Parameterization(
     init=init,
     from_dense=from_dense,
     apply=apply,
-    materialize=materialize if bend is None else None,
+    materialize=materialize if activation is None else None,
     axes={'a': ('in', None), 'b': (None, 'out'), 'values': (None,), 'index': (None,)}
     | dict.fromkeys(learned, ()),
     events=() if restart_every is None else (restart(restart_every),),
   )
 
 
-_PLACES = {
+_SUPPORTS = {
   'random': lambda key, W, *how: sparse.uniform(key, W.shape, *how),
   'largest': lambda key, W, *how: sparse.largest(jnp.abs(W), *how),
 }
