@@ -58,18 +58,19 @@ def scale_by_vector_adam(
   finite('b1', b1, below=1.0)
   finite('b2', b2, below=1.0)
   finite('eps', eps)
-  wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  wide = lambda x: jnp.promote_types(x.dtype, jnp.float32)
 
   def init(params: Any) -> VectorAdamState:
     counts = lambda path, x: jnp.zeros(_count_shape(leaf_path(path), x), jnp.int32)
-    zeros = jax.tree.map(lambda x: jnp.zeros_like(wide(x)), params)
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=wide(x)), params)
     return VectorAdamState(jax.tree.map_with_path(counts, params), zeros, zeros)
 
   def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
     count = jax.tree.map(optax.safe_increment, state.vector_count)
     blend = lambda b, m, g: b * m + (1 - b) * g
-    mu = jax.tree.map(lambda g, m: blend(b1, m, wide(g)), updates, state.mu)
-    nu = jax.tree.map(lambda g, v: blend(b2, v, wide(g) ** 2), updates, state.nu)
+    grads = jax.tree.map(lambda g: g.astype(wide(g)), updates)
+    mu = jax.tree.map(lambda g, m: blend(b1, m, g), grads, state.mu)
+    nu = jax.tree.map(lambda g, v: blend(b2, v, g**2), grads, state.nu)
 
     def direction(g: jax.Array, t: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
       u = (m / (1 - b1**t)) / (jnp.sqrt(v / (1 - b2**t)) + eps)

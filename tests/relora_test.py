@@ -184,6 +184,12 @@ def test_random_pruning_keeps_the_fraction_told():
   assert not pruned_at_random(1.0)(jax.random.key(1), x, jnp.zeros_like(x)).any()
 
 
+def test_pruning_leaves_counts_alone_and_starts_vectors_anew():
+  change = lambda x: pruned_by_magnitude(0.5)(jax.random.key(1), x, jnp.zeros_like(x))
+  assert change(jnp.full((1, 4), 7)).tolist() == [[7] * 4]
+  assert change(jnp.arange(3.0)).tolist() == [0, 0, 0]
+
+
 @pytest.mark.parametrize(
   ('moments', 'zeros'), [('zero', 96), ('random', 48), ('magnitude', 48)]
 )
