@@ -232,13 +232,28 @@ def test_how_many_are_exchanged_has_the_mean_of_the_schedule():
   assert abs(float(counts.mean()) - q) < 4 * 0.5 / 20
 
 
+@pytest.mark.parametrize(('n', 'm', 'r'), [(512, 512, 128), (2048, 5461, 512)])
+def test_counts_of_numbers(n, m, r):
+  p = lrjax.switchlora(r, total_steps=1000)
+  split = jax.eval_shape(
+    lambda key: p.init(key, (n, m), jnp.float32), jax.random.key(0)
+  )
+  size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+  pools = [split.fixed['cand_a'], split.fixed['cand_b']]
+  assert size(split.train) == r * (n + m)
+  assert size(pools) == min(n, m) * (n + m)
+  assert size(split.fixed) == n * m + size(pools) + 4 * r + 2
+
+
 @pytest.mark.parametrize(
   ('options', 'error', 'match'),
   [
     (dict(total_steps=0), ValueError, 'total_steps'),
-    (dict(total_steps=10, interval=9), ValueError, 'got 5 and 9'),
-    (dict(total_steps=10, freeze=-1), ValueError, 'at least 0'),
+    (dict(total_steps=10, interval=9), ValueError, 'twice `freeze`=5, got 9'),
+    (dict(total_steps=10, freeze=-1), ValueError, 'at least 1'),
     (dict(total_steps=10, decay=0.0), ValueError, 'above 0'),
+    (dict(total_steps=10, freeze=0.5), TypeError, 'freeze'),
+    (dict(total_steps=10, rank=0), ValueError, 'rank'),
     (dict(total_steps=10, rank=9), ValueError, 'rank must be at most'),
   ],
 )

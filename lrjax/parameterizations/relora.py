@@ -10,7 +10,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from lrjax.checks import finite, named
+from lrjax.checks import finite, named, positive_int
 from lrjax.parameterizations import factors
 from lrjax.parameterizations.factors import value
 from lrjax.types import Event, Parameterization, Split
@@ -36,15 +36,17 @@ def relora(
   r between merges and by any rank over several. Moments of a and b are then set to
 
   - `zero`: their start;
-  - `random`: their start in each entry with probability `prune`, which of 0.999 is what
-    the public code calls a reset;
+  - `random`: their start in each entry with probability `prune`; the public code's
+    reset is this with 0.999;
   - `magnitude`: their start but for the entries above the `prune` quantile of
     magnitudes, of each matrix and each moment on its own.
 
   Adam's count goes on, so that the first step after zeroed moments is 3.2 times too
-  long; let the learning rate rise again, as the jagged cosine of the paper does, which is
-  0 at the update that a merge follows: `lrjax.with_restarts(optax.
-  warmup_cosine_decay_schedule(0, peak, 500, total, 0.1 * peak), every=T, warmup=100)`.
+  long; let the learning rate rise again. The jagged cosine of the paper, which is 0 at the
+  update that a merge follows, is
+
+    cosine = optax.warmup_cosine_decay_schedule(0, peak, 500, total, 0.1 * peak)
+    rate = lrjax.with_restarts(cosine, every=T, warmup=100)
 
   Start from trained weights: `lrjax.convert` on a model that was trained densely for a
   quarter of its steps, as in the paper, and count updates from there. Drawn by `init`, K
@@ -76,12 +78,12 @@ def relora(
   Notes:
     The public code sets a to 0 as well when it wraps trained weights, and theta to 0 when
     it merges: then all gradients are 0, until the first merge or for good. Neither
-    happens here. Its dropout of 0.1 on x ahead of a is left out, and so are 4-bit K.
+    happens here. Its dropout of 0.1 on x ahead of a is left out, and so is a K in 4 bits.
 
     `random` and `magnitude` prune the two moments apart, as the public code does. An entry
     of a that keeps the first and loses the second takes a step of m / eps after a merge,
-    where its gradient is 0 because b is: with them give Adam a larger eps, or a rate that
-    rises from 0. `zero` has no such entries.
+    where its gradient is 0 because b is: give Adam an eps of the size of gradients with
+    them. `zero` leaves no such entries.
 
     In bfloat16 a merge is summed in float32 and rounded once, which still loses small
     updates; keep the weights in float32.
@@ -92,6 +94,7 @@ def relora(
     >>> jax.tree.map(jnp.shape, split.train)
     {'a': (4, 2), 'b': (2, 4)}
   """
+  positive_int('rank', rank)
   if finite('prune', prune) > 1:
     raise ValueError(f'`prune` must be at most 1, got {prune}')
   change = named('moments', moments, _CHANGES)(prune)

@@ -74,11 +74,12 @@ def switchlora(
   Notes:
     The public code exchanges after the gradient, before the optimizer; here it comes
     before the gradient. Weights agree, because the gradients that an exchange would change
-    are those of frozen vectors; a norm to clip by agrees but for these. It draws the
-    number from a generator of each process; here seed, path and step tell it. Where fewer
-    candidates are idle than are exchanged at once (min(in, out) near r) its function
-    jumps, and here fewer are exchanged. In bfloat16 every exchange rounds K; keep the
-    weights in float32.
+    are those of frozen vectors (with freeze = 0 they count); a norm to clip by agrees but
+    for these. It draws the number from a generator of each process; here seed, path and
+    step tell it. Where fewer candidates are idle than are exchanged at once, its function
+    jumps, and here fewer are exchanged.
+
+    In bfloat16 every exchange rounds K; keep the weights in float32.
 
   Examples:
     >>> import jax, jax.numpy as jnp
@@ -87,15 +88,16 @@ def switchlora(
     >>> bool(jnp.allclose(p.materialize(split), jnp.eye(4), atol=1e-6))
     True
   """
-  finite('alpha', alpha)
+  scale = finite('alpha', alpha) / positive_int('rank', rank)
   horizon = finite('decay', decay) * positive_int('total_steps', total_steps)
   if not horizon:
     raise ValueError(f'`decay` must be above 0, got {decay}')
-  if freeze < 0 or positive_int('interval', interval) < 2 * freeze:
+  if positive_int('interval', interval) < 2 * (
+    freeze and positive_int('freeze', freeze)
+  ):
     raise ValueError(
-      f'`freeze` must be at least 0 and `interval` twice that, got {freeze} and {interval}'
+      f'`interval` must be at least twice `freeze`={freeze}, got {interval}'
     )
-  scale = alpha / rank
   # More than the floor of q and one are never asked for, more than r do not exist.
   block = min(math.ceil(rank / interval) + 1, rank)
 
