@@ -78,6 +78,8 @@ from lrjax.orthogonalize import cholesky_qr, newton_schulz, polar
 # Parameterizations: how a kernel is stored and applied.
 from lrjax.parameterizations.dense import dense
 from lrjax.parameterizations.factorized import factorized
+from lrjax.parameterizations.relora import relora
+from lrjax.parameterizations.switchlora import switchlora
 from lrjax.penalties import add_penalty, frobenius, frobenius_decay
 
 # The remaining parts of the loop.
@@ -108,6 +110,9 @@ from lrjax.types import (
   Split,
   View,
 )
+
+# Adam for factors.
+from lrjax.vector_adam import scale_by_vector_adam, vector_adam
 from lrjax.views import hidden_kernels
 
 # Parameterized kernels of a whole model.
@@ -188,6 +193,7 @@ __all__ = [
   'q_galore',
   'random_orthogonal',
   'randomized_svd',
+  'relora',
   'reset',
   'rotate_abs',
   'rotate_first',
@@ -211,6 +217,7 @@ __all__ = [
   'scale_by_q_galore',
   'scale_by_subtrack',
   'scale_by_trion',
+  'scale_by_vector_adam',
   'scale_full',
   'state_free',
   'state_specs',
@@ -220,7 +227,9 @@ __all__ = [
   'subtrack',
   'svd',
   'switched',
+  'switchlora',
   'trion',
   'two_sided',
+  'vector_adam',
   'with_restarts',
 ]

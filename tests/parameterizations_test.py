@@ -8,6 +8,12 @@ from lrjax.testing.parameterizations import CHECKS, Case
 CASES = {
   'dense': Case(lrjax.dense(), lrjax.dense()),
   'factorized': Case(lrjax.factorized(4, restart_every=3), lrjax.factorized(12)),
+  'relora': Case(lrjax.relora(4, 2, alpha=4.0), lrjax.relora(12, 2)),
+  'relora_trained_scale': Case(lrjax.relora(4, 5, alpha=None)),
+  'switchlora': Case(
+    lrjax.switchlora(4, total_steps=100, interval=2, freeze=1),
+    lrjax.switchlora(4, total_steps=100),
+  ),
 }
 
 
