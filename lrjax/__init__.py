@@ -78,7 +78,9 @@ from lrjax.orthogonalize import cholesky_qr, newton_schulz, polar
 # Parameterizations: how a kernel is stored and applied.
 from lrjax.parameterizations.dense import dense
 from lrjax.parameterizations.factorized import factorized
+from lrjax.parameterizations.lost import lost
 from lrjax.parameterizations.relora import relora
+from lrjax.parameterizations.sltrain import sltrain
 from lrjax.parameterizations.switchlora import switchlora
 from lrjax.penalties import add_penalty, frobenius, frobenius_decay
 
@@ -181,6 +183,7 @@ __all__ = [
   'layerwise',
   'lazy',
   'ldadam',
+  'lost',
   'low_rank',
   'newton_schulz',
   'on_matrices',
@@ -219,6 +222,7 @@ __all__ = [
   'scale_by_trion',
   'scale_by_vector_adam',
   'scale_full',
+  'sltrain',
   'state_free',
   'state_specs',
   'step_events',

@@ -14,6 +14,14 @@ CASES = {
     lrjax.switchlora(4, total_steps=100, interval=2, freeze=1),
     lrjax.switchlora(4, total_steps=100),
   ),
+  'lost': Case(
+    lrjax.lost(4, 0.25, act=None, rescale=True), lrjax.lost(12, 0.1, act=None)
+  ),
+  'lost_silu': Case(lrjax.lost(4, 0.25)),
+  'sltrain': Case(
+    lrjax.sltrain(4, 0.2, restart_every=3, shards=(2, 2)), lrjax.sltrain(4, 1.0)
+  ),
+  'sltrain_silu': Case(lrjax.sltrain(4, 0.2, None, 'silu')),
 }
 
 

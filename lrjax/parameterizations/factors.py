@@ -2,8 +2,8 @@
 
 import functools
 import math
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,9 @@ from lrjax.checks import positive_int
 F = TypeVar('F', bound=Callable)
 # What `LlamaConfig(remat='low_rank')` keeps for the backward pass.
 LOW_RANK = 'low_rank'
+Act = Literal['silu', 'gelu', 'relu', 'tanh']
+# What may stand between two factors.
+ACTS = {n: getattr(jax.nn, n) for n in ('silu', 'gelu', 'relu', 'tanh')}
 
 
 def value(make: F) -> F:
@@ -88,6 +91,11 @@ def down(x: jax.Array, a: jax.Array) -> jax.Array:
 def product(a: jax.Array, b: jax.Array) -> jax.Array:
   """ab at full float32 precision, in the dtype of a."""
   return mm(a.astype(jnp.float32), b.astype(jnp.float32)).astype(a.dtype)
+
+
+def cast(train: Mapping[str, Any], dtype: jax.typing.DTypeLike) -> dict[str, jax.Array]:
+  """Named arrays in another dtype."""
+  return {name: jnp.asarray(x, dtype) for name, x in train.items()}
 
 
 def periodic(every: int) -> Callable[[int], bool]:
