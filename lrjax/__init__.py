@@ -78,6 +78,8 @@ from lrjax.orthogonalize import cholesky_qr, newton_schulz, polar
 # Parameterizations: how a kernel is stored and applied.
 from lrjax.parameterizations.dense import dense
 from lrjax.parameterizations.factorized import factorized
+from lrjax.parameterizations.householder import householder, householder_orthogonal
+from lrjax.parameterizations.sst import sst
 
 # The remaining parts of the loop.
 from lrjax.refreshes import every, lazy
@@ -165,6 +167,8 @@ __all__ = [
   'health',
   'heaviest',
   'hidden_kernels',
+  'householder',
+  'householder_orthogonal',
   'int8',
   'int8_weights',
   'keep',
@@ -210,6 +214,7 @@ __all__ = [
   'state_free',
   'state_specs',
   'step_events',
+  'sst',
   'stored_as',
   'subspace_iteration',
   'subtrack',
