@@ -2,7 +2,8 @@
 
 Song et al., "Householder Projector for Unsupervised Latent Semantics Discovery", 2023,
 arXiv 2307.08012. The official layer builds two square products of reflections and keeps
-r of their columns; these columns are a product of r reflections, so r are stored here.
+r of their columns. Any r orthonormal columns are, up to signs, the first of a product of
+r reflections alone, so that r are stored here; official layers import exactly.
 """
 
 import jax
