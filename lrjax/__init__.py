@@ -1,7 +1,7 @@
 """Low-rank training in JAX: one flat public list, grouped by family."""
 
-# Weights in 8 bits.
-from lrjax import int8_weights
+# Layers of hyperbolic space; weights in 8 bits.
+from lrjax import hyperbolic, int8_weights
 
 # Sums over micro-batches.
 from lrjax.accumulation import accumulate_sketches
@@ -169,6 +169,7 @@ __all__ = [
   'hidden_kernels',
   'householder',
   'householder_orthogonal',
+  'hyperbolic',
   'int8',
   'int8_weights',
   'keep',
