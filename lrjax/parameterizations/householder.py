@@ -59,28 +59,27 @@ def householder(rank: int, train_sigma: bool = False) -> Parameterization:
     Array([1., 1., 0.], dtype=float32)
   """
 
-  def make(v_in: jax.Array, v_out: jax.Array, sigma: jax.Array, dtype: object) -> Split:
-    v = {'v_in': v_in.astype(dtype), 'v_out': v_out.astype(dtype)}
-    sigma = sigma.astype(dtype)
+  def stored(v_in: jax.Array, v_out: jax.Array, sigma: jax.Array) -> Split:
+    v = {'v_in': v_in, 'v_out': v_out}
     if train_sigma:
       return Split({**v, 'sigma': sigma})
     return Split(v, {'sign': jnp.sign(sigma)})
 
   def start(key: jax.Array, shape: tuple, dtype: jax.typing.DTypeLike) -> Split:
     r = factors.check_rank(rank, shape)
-    keys = jax.random.split(key)
-    v = (0.05 * jax.random.normal(k, (n, r)) for k, n in zip(keys, shape))
-    return make(*v, jnp.ones(r), dtype)
+    v_in, v_out = (
+      0.05 * jax.random.normal(k, (n, r)) for k, n in zip(jax.random.split(key), shape)
+    )
+    split = stored(v_in, v_out, jnp.ones(r))
+    return jax.tree.map(lambda a: a.astype(dtype), split)
 
   def from_dense(key: jax.Array, W: jax.Array) -> tuple[Split, jax.Array]:
     r = factors.check_rank(rank, W.shape)
     P, s, Rt = factors.svd(W)
     (v_in, sign_in), (v_out, sign_out) = reflectors(P[:, :r]), reflectors(Rt[:r].T)
-    s = s[:r] if train_sigma else jnp.ones(r)
-    split = make(v_in, v_out, s * sign_in * sign_out, jnp.float32)
+    split = stored(v_in, v_out, (s[:r] if train_sigma else 1) * sign_in * sign_out)
     lost = factors.relative_error(W, _materialize(split))
-    cast = lambda a: a.astype(W.dtype)
-    return jax.tree.map(cast, split), lost
+    return jax.tree.map(lambda a: a.astype(W.dtype), split), lost
 
   return Parameterization(
     init=start,
@@ -135,8 +134,9 @@ def reflectors(P: jax.Array) -> tuple[jax.Array, jax.Array]:
   LAPACK's QR of P keeps its reflectors below a diagonal of ones. A reflector that LAPACK
   leaves out (tau = 0) turns one sign here, so signs are read off the columns, not R.
   """
+  n, r = P.shape
   h, _ = jnp.linalg.qr(P.astype(jnp.float32), mode='raw')
-  v = jnp.tril(h.T, -1) + jnp.eye(*P.shape)
+  v = jnp.tril(h.T, -1) + jnp.eye(n, r)
   return v, jnp.sign(jnp.sum(householder_orthogonal(v) * P, axis=0))
 
 

@@ -53,12 +53,13 @@ def sst(
     unit columns. W is always formed with both done, so nothing changes in it;
   - `resample`, every `resample_every` updates (an iteration): u, v return to their
     places, a new :math:`\Omega` is drawn without replacement with chances
-    :math:`\frac12 (1/p + \sigma_i / \sum \sigma)`, and moments of u, v start anew. After
-    as many as `iterations` (a round), V, sigma, U are before that the SVD of W, and
-    moments of sigma start anew too. W does not change.
+    :math:`\frac12 (1/p + \sigma_i / \sum \sigma)`, and moments of u, v start anew. Every
+    time `iterations` of them are over (a round), V, sigma, U first become the SVD of W,
+    and moments of sigma start anew too. W does not change.
 
   Moments that start anew make first steps large: let the learning rate rise over some 20
   updates after each resample, `lrjax.with_restarts(schedule, resample_every, 20)`.
+  Decoupled weight decay on sigma is that of W; on u, v it does nothing.
 
   Memory: r (in + out) + p trained numbers, and as many of each moment; p (in + out) more
   at rest, twice the dense kernel where in = out. W and its gradient are formed for one
@@ -206,7 +207,8 @@ def _resample(every: int, iterations: int | None) -> Event:
     new_round = k % (every * (iterations or -(-p // r))) == 0
 
     def decompose(s: Spectrum) -> Spectrum:
-      new = decomposed(_product(s))
+      wide = jax.tree.map(lambda a: a.astype(jnp.float32), s)
+      new = decomposed(_product(wide))
       return jax.tree.map(lambda a, old: a.astype(old.dtype), new, s)
 
     s = jax.lax.cond(new_round, decompose, lambda s: s, spectrum_of(split))
