@@ -1,7 +1,7 @@
 """Low-rank training in JAX: one flat public list, grouped by family."""
 
-# Weights in 8 bits.
-from lrjax import int8_weights
+# Layers of hyperbolic space; weights in 8 bits.
+from lrjax import hyperbolic, int8_weights
 
 # Sums over micro-batches.
 from lrjax.accumulation import accumulate_sketches
@@ -78,9 +78,11 @@ from lrjax.orthogonalize import cholesky_qr, newton_schulz, polar
 # Parameterizations: how a kernel is stored and applied.
 from lrjax.parameterizations.dense import dense
 from lrjax.parameterizations.factorized import factorized
+from lrjax.parameterizations.householder import householder, householder_orthogonal
 from lrjax.parameterizations.lost import lost
 from lrjax.parameterizations.relora import relora
 from lrjax.parameterizations.sltrain import sltrain
+from lrjax.parameterizations.sst import sst
 from lrjax.parameterizations.switchlora import switchlora
 from lrjax.penalties import add_penalty, frobenius, frobenius_decay
 
@@ -177,6 +179,9 @@ __all__ = [
   'health',
   'heaviest',
   'hidden_kernels',
+  'householder',
+  'householder_orthogonal',
+  'hyperbolic',
   'int8',
   'int8_weights',
   'keep',
@@ -223,6 +228,7 @@ __all__ = [
   'scale_by_vector_adam',
   'scale_full',
   'sltrain',
+  'sst',
   'state_free',
   'state_specs',
   'step_events',

@@ -22,6 +22,8 @@ CASES = {
     lrjax.sltrain(4, 0.2, restart_every=3, shards=(2, 2)), lrjax.sltrain(4, 1.0)
   ),
   'sltrain_silu': Case(lrjax.sltrain(4, 0.2, None, 'silu')),
+  'householder': Case(lrjax.householder(4), lrjax.householder(12, train_sigma=True)),
+  'sst': Case(lrjax.sst(4, 3, 1), lrjax.sst(4), true_gradient=False),
 }
 
 
