@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -139,7 +140,8 @@ def _traced_apart(key: Any, kwargs: Mapping) -> dict[str, Any]:
   method = kwargs.get('method') or '__call__'
 
   def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    module.scope.flags = {**module.scope.flags, 'lrjax': key}
+    assert module.scope is not None
+    module.scope.flags = flax.core.freeze({**module.scope.flags, 'lrjax': key})
     if isinstance(method, str):
       return getattr(module, method)(*args, **kwargs)
     return getattr(method, '__func__', method)(module, *args, **kwargs)

@@ -11,7 +11,7 @@ from flax import nnx
 from lrjax.parameterizations.dense import dense
 from lrjax.types import Parameterization, PyTree, Split
 
-Precision = str | jax.lax.Precision | None
+Precision = jax.lax.PrecisionLike
 
 _DENSE = dense()
 
@@ -110,13 +110,23 @@ def applied(
   dtype: jax.typing.DTypeLike | None,
   precision: Precision,
 ) -> jax.Array:
-  """The kernel applied to x, both cast to `dtype`, at a precision of products."""
+  """The kernel applied to x, both cast to `dtype`, with products of a precision."""
   cast = lambda a: in_dtype(a, dtype)
-  name = precision.name.lower() if isinstance(precision, jax.lax.Precision) else precision
-  # None must not undo what the caller has set.
-  scope = jax.default_matmul_precision(name) if name else contextlib.nullcontext()
-  with scope:
+  with _at(precision):
     return kernel.apply(jax.tree.map(cast, arrays), cast(x))
+
+
+def _at(precision: Precision) -> contextlib.AbstractContextManager:
+  """Where matrix products have a precision; None leaves what the caller has set."""
+  if precision is None:
+    return contextlib.nullcontext()
+  pair = precision if isinstance(precision, tuple) else (precision, precision)
+  first, second = (
+    p.name.lower() if isinstance(p, jax.lax.Precision) else p for p in pair
+  )
+  if first != second:
+    raise ValueError(f'both operands must have one precision, got {precision}')
+  return jax.default_matmul_precision(first)
 
 
 def split(model: nnx.Module) -> tuple[Any, PyTree, PyTree]:

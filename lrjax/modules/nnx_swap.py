@@ -3,7 +3,7 @@
 import collections
 import inspect
 from collections.abc import Collection
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -135,7 +135,7 @@ def run_events(
   return touched
 
 
-def _swappable(node: Any) -> bool:
+def _swappable(node: Any) -> TypeGuard[Layer]:
   # Not subclasses: what they add, as LoRALinear does, would be lost.
   return type(node) is nnx.Linear or isinstance(node, Dense)
 
@@ -181,7 +181,9 @@ def _refuse_custom(path: str, layer: Layer) -> None:
 
 def _refuse_shared(model: nnx.Module, layers: dict[str, Layer]) -> None:
   held = collections.Counter(
-    id(value) for _, module in nnx.iter_modules(model) for value in vars(module).values()
+    id(value)
+    for _, module in nnx.iter_modules(model)
+    for value in vars(module).values()
   )
   for path, layer in layers.items():
     if held[id(layer.kernel)] > 1:
