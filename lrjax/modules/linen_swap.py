@@ -103,7 +103,8 @@ def swap(module: nn.Module, rules: Rules) -> Swapped:
   alone.
 
   With `plan = model.plan(key, x)`, `lrjax.convert` turns parameters of the module into
-  those of the new model, and `lrjax.export` turns them back.
+  those of the new model, and `lrjax.export` turns them back; both want them without the
+  boxes of `nn.with_partitioning`, which new kernels do not have.
 
   Args:
     module: any linen module.
@@ -172,7 +173,7 @@ def _call(
 ) -> jax.Array:
   """What `nn.Dense` does, with another kernel."""
   for name in ('dot_general', 'dot_general_cls', 'promote_dtype'):
-    if getattr(layer, name) is not getattr(nn.Dense(1), name):
+    if getattr(layer, name) is not getattr(nn.Dense, name):
       raise ValueError(
         f'{path}: its own `{name}` would not be used by a parameterized kernel; leave the'
         f' layer by a rule ({path!r}, None) ahead of the others'
@@ -238,7 +239,8 @@ def _part(variables: Mapping, nodes: list[tuple]) -> dict[str, Any]:
   params, fixed = (_flat(variables.get(name, {})) for name in ('params', 'fixed'))
   for path in [*params]:
     if any(path[: len(node)] == node for node in nodes):
-      fixed[path] = params.pop(path)
+      # A collection of that name which the module changed itself has the newer value.
+      fixed.setdefault(path, params.pop(path))
   parts = {'params': unflatten_dict(params), 'fixed': unflatten_dict(fixed)}
   return {**variables, **{name: tree for name, tree in parts.items() if tree}}
 

@@ -38,7 +38,8 @@ def swap(
 
   Biases, dtypes, precision and the paths of all other parameters stay. A stack of layers,
   as `nnx.vmap` makes it, becomes a stack of kernels. Subclasses of `nnx.Linear` and layers
-  of more than two axes are left alone. The model itself does not change.
+  of more than two axes are left alone. A layer found in two places stays one and has the
+  path that is alphabetically first. The model itself does not change.
 
   Args:
     model: any NNX module.
