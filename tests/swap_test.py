@@ -480,3 +480,46 @@ def test_a_replacement_is_a_dense():
     rest['fixed']['kernel'],
     atol=1e-6,
   )
+
+
+def test_names_of_axes_stay_with_the_arrays():
+  names, rules = ('embed', 'mlp'), [('', merged(2))]
+  P = jax.sharding.PartitionSpec
+  want = {'a': P('embed', None), 'b': P(None, 'mlp')}
+  fixed = {'index': P('embed'), 'kernel': P('embed', 'mlp')}
+  draw = jax.nn.initializers.lecun_normal()
+  on_layers = lambda tree: jax.tree.map(
+    lambda spec: P('layers', *spec), tree, is_leaf=lambda x: isinstance(x, P)
+  )
+
+  class Step(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+      init = nn.with_partitioning(draw, names)
+      return nn.Dense(D, kernel_init=init, name='layer')(x), None
+
+  scanned = nn.scan(
+    Step,
+    {'params': 0},
+    split_rngs={'params': True},
+    length=3,
+    metadata_params={nn.PARTITION_NAME: 'layers'},
+  )()
+  ours = linen_swap.swap(scanned, rules)
+  args = (jax.random.key(0), X, None)
+  specs = nn.get_partition_spec(jax.eval_shape(ours.init, *args))
+  assert specs['params']['layer']['kernel'] == on_layers(want)
+  assert specs['fixed']['layer']['fixed'] == on_layers(fixed)
+  variables = ours.init(*args)
+  y, _ = ours.apply(variables, X, None)
+  np.testing.assert_array_equal(ours.apply(nn.unbox(variables), X, None)[0], y)
+
+  with nnx.use_eager_sharding(False):
+    init = nnx.with_partitioning(draw, names)
+    make = lambda key: nnx.Linear(D, D, kernel_init=init, rngs=nnx.Rngs(key))
+    stack = nnx.vmap(make, transform_metadata={nnx.PARTITION_NAME: 'layers'})
+    one, three = make(0), stack(jax.random.split(jax.random.key(0), 3))
+    for model, of in ((one, lambda tree: tree), (three, on_layers)):
+      ours, _ = nnx_swap.swap(model, rules, rngs=nnx.Rngs(0))
+      specs = nnx.to_pure_dict(nnx.get_partition_spec(nnx.state(ours)))
+      assert specs['kernel'] == of(want) and specs['fixed'] == of(fixed)

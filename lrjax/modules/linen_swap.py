@@ -103,8 +103,9 @@ def swap(module: nn.Module, rules: Rules) -> Swapped:
   alone.
 
   With `plan = model.plan(key, x)`, `lrjax.convert` turns parameters of the module into
-  those of the new model, and `lrjax.export` turns them back; both want them without the
-  boxes of `nn.with_partitioning`, which new kernels do not have.
+  those of the new model, and `lrjax.export` turns them back; both want them unboxed
+  (`nn.unbox`) where `nn.with_partitioning` named their axes. New arrays have the names of
+  the axes they share with the matrix.
 
   Args:
     module: any linen module.
@@ -189,11 +190,11 @@ def _call(
       raise
 
   if layer.is_initializing() and not layer.has_variable('params', 'kernel'):
-    drawn = draw(layer.make_rng('params'))
+    drawn = _named(layer, p, shape, draw(layer.make_rng('params')))
     layer.put_variable('params', 'kernel', drawn.train)
     if drawn.fixed:
       layer.put_variable('params', 'fixed', dict(drawn.fixed))
-  held = lambda name, default=None: layer.get_variable('params', name, default)
+  held = lambda name, none=None: nn.unbox(layer.get_variable('params', name, none))
   split = Split(held('kernel'), held('fixed', {}))
   met[path] = _shapes(jax.eval_shape(draw, jax.random.key(0)))
   if _shapes(split) != met[path]:
@@ -209,13 +210,31 @@ def _call(
   return y + jnp.broadcast_to(in_dtype(bias, layer.dtype), y.shape)
 
 
+def _named(
+  layer: nn.Dense, p: Parameterization, shape: tuple[int, int], split: Split
+) -> Split:
+  """The arrays in boxes that name their axes, if those of the dense kernel had names."""
+  key = jax.random.key(0)
+  box = jax.eval_shape(lambda: layer.kernel_init(key, shape, layer.param_dtype))
+  if not isinstance(box, nn.Partitioned):
+    return split
+  names = dict(zip(('in', 'out'), box.names))
+
+  def boxed(path: tuple, x: jax.Array) -> nn.Partitioned:
+    axes = p.axes[path[-1].key if path else '']
+    return box.replace(value=x, names=tuple(names.get(axis) for axis in axes))
+
+  return Split(*(jax.tree.map_with_path(boxed, part) for part in split))
+
+
 def _shapes(split: Split) -> PyTree:
   return jax.tree.map(jnp.shape, Split(split.train, dict(split.fixed)))
 
 
 def _check_stack(path: str, one: PyTree, variables: dict) -> None:
   """Whether kernels of a stack are found where the tree functions look for them."""
-  whole = _shapes(split_at(path, variables['params'], variables.get('fixed', {})))
+  plain = jax.eval_shape(nn.unbox, variables)
+  whole = _shapes(split_at(path, plain['params'], plain.get('fixed', {})))
   is_shape = lambda x: isinstance(x, tuple) and not isinstance(x, Split)
   pairs = zip(*(jax.tree.leaves(tree, is_leaf=is_shape) for tree in (whole, one)))
   for stacked, shape in pairs:

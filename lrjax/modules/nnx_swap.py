@@ -29,6 +29,18 @@ class Replacement(Dense):
     self.dtype, self.precision = layer.dtype, layer.precision
     self.hold(kernel, arrays)
     self.bias = layer.bias
+    if isinstance(layer, nnx.Linear):
+      self._name_axes(layer.kernel.get_metadata().get('out_sharding'))
+
+  def _name_axes(self, names: tuple | None) -> None:
+    """Gives each array the names of the axes it shares with the matrix (..., in, out)."""
+    if names is None:
+      return
+    of = dict(zip(('in', 'out'), names[-2:]))
+    trained = self.kernel if isinstance(self.kernel, nnx.Dict) else {'': self.kernel}
+    for name, variable in {**trained, **self.fixed}.items():
+      own = tuple(of.get(axis) for axis in self.parameterization.axes[name])
+      variable.set_metadata(out_sharding=(*names[:-2], *own))
 
 
 def swap(
@@ -36,10 +48,11 @@ def swap(
 ) -> tuple[M, dict[str, jax.Array]]:
   """A copy of a model with other kernels in its `nnx.Linear` and `Dense` layers.
 
-  Biases, dtypes, precision and the paths of all other parameters stay. A stack of layers,
-  as `nnx.vmap` makes it, becomes a stack of kernels. Subclasses of `nnx.Linear` and layers
-  of more than two axes are left alone. A layer found in two places stays one and has the
-  path that is alphabetically first. The model itself does not change.
+  Biases, dtypes, precision, names of axes and the paths of all other parameters stay. A
+  stack of layers, as `nnx.vmap` makes it, becomes a stack of kernels. Subclasses of
+  `nnx.Linear` and layers of more than two axes are left alone. A layer found in two places
+  stays one and has the path that is alphabetically first. The model itself does not
+  change.
 
   Args:
     model: any NNX module.
@@ -155,9 +168,9 @@ def _dense_params(model: nnx.Module, plan: weights.Plan) -> PyTree:
 def _drawn(layer: Layer, kernel: Parameterization, key: jax.Array) -> Split:
   """New arrays for a layer or a stack of them, in the dtype of the old ones."""
   shape = layer.in_features, layer.out_features
-  is_linear = isinstance(layer, nnx.Linear)
-  init = dense().init if is_linear else layer.parameterization.init
-  arrays = Split(layer.kernel[...]) if is_linear else layer.arrays()
+  linear = isinstance(layer, nnx.Linear)
+  init = dense().init if linear else layer.parameterization.init
+  arrays = Split(layer.kernel[...]) if linear else layer.arrays()
   one = jax.eval_shape(lambda: init(key, shape, jnp.float32))
   old, one = (jax.tree.leaves(s.train)[0] for s in (arrays, one))
   stack = old.shape[: old.ndim - one.ndim]
