@@ -269,7 +269,7 @@ def _node(tree: PyTree, path: str) -> Any:
 
 def _put(tree: PyTree, path: str, value: Any) -> PyTree:
   """The tree with another value at a path; dicts on the way are copied."""
-  part, _, rest = path.partition('/')
+  part, _, rest = path.lstrip('/').partition('/')
   key = _key(tree, part)
   inner = _put(tree.get(key, {}), rest, value) if rest else value
   return {**tree, key: inner}
