@@ -77,9 +77,9 @@ def run_layers(
   graphdef, states = nnx.split(layers)
 
   def step(carry, layer):
-    state, beta = layer
+    (x, below), (state, beta) = carry, layer
     scale = jax.tree.map(away_from_zero, beta)
-    return run_layer(nnx.merge(graphdef, state), *carry, scale, rotation), None
+    return run_layer(nnx.merge(graphdef, state), x, below, scale, rotation), None
 
   step = rematerialize(step, config.remat, scanned=True)
   run = lambda carry, part: jax.lax.scan(step, carry, part)[0]
@@ -87,8 +87,9 @@ def run_layers(
   stack = states, {role: b[...] for role, b in beta.items()}
   start = lambda x: run_layer(first, x, {}, {}, rotation)
   carry = rematerialize(start, config.remat, scanned=False)(shard_batch(x))
+  segment = lambda i: jax.tree.map(lambda a: a[i : i + SEGMENT], stack)
   for i in range(0, config.num_layers - 1, SEGMENT):
-    carry = run(carry, jax.tree.map(lambda a: a[i : i + SEGMENT], stack))
+    carry = run(carry, segment(i))
   return carry[0]
 
 

@@ -114,9 +114,8 @@ def _check(name, kind, value):
   if isinstance(value, str):
     if value not in names:
       raise ValueError(f'{name} must be one of {", ".join(names)}, got {value!r}')
-  elif isinstance(value, (int, float)) and not isinstance(value, bool):
-    if not (value > 0 and math.isfinite(value)):
-      raise ValueError(f'{name} must be positive and finite, got {value!r}')
+  elif value is not None and bool not in kinds and not 0 < value < math.inf:
+    raise ValueError(f'{name} must be positive and finite, got {value!r}')
 
 
 # 60m to 7b are those of the GaLore paper; tiny and smoke read bytes and fit a laptop.
