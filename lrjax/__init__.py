@@ -76,6 +76,7 @@ from lrjax.optimizers.trion import scale_by_trion, trion
 from lrjax.orthogonalize import cholesky_qr, newton_schulz, polar
 
 # Parameterizations: how a kernel is stored and applied.
+from lrjax.parameterizations.cola import cola
 from lrjax.parameterizations.dense import dense
 from lrjax.parameterizations.factorized import factorized
 from lrjax.parameterizations.householder import householder, householder_orthogonal
@@ -146,6 +147,7 @@ __all__ = [
   'bias_corrected',
   'cast',
   'cholesky_qr',
+  'cola',
   'columns',
   'convert',
   'coverage',

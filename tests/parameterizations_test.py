@@ -7,6 +7,8 @@ from lrjax.testing.parameterizations import CHECKS, Case
 
 CASES = {
   'dense': Case(lrjax.dense(), lrjax.dense()),
+  'cola': Case(lrjax.cola(4)),
+  'cola_linear': Case(lrjax.cola(4, act=None), lrjax.cola(12, act=None)),
   'factorized': Case(lrjax.factorized(4, restart_every=3), lrjax.factorized(12)),
   'relora': Case(lrjax.relora(4, 2, alpha=4.0), lrjax.relora(12, 2)),
   'relora_trained_scale': Case(lrjax.relora(4, 5, alpha=None)),
