@@ -356,4 +356,60 @@ _STUDIED = {
   'dion2': _studied('dion2'),
 }
 COMPARISONS['optimizers'] = compare(_STUDY, **_STUDIED)
-SWEEPS = {'optimizers': Sweep(factors=(1 / 3, 1.0, 3.0), seeds=2, extensions=2)}
+
+# All parameterizations at equal tokens and, but for the first and what has to be dense
+# while it trains, with about as many trained numbers as factors of a quarter of the width:
+# 0.38 million, next to 0.87 million in the first. AdamW with two rates, as above.
+_KERNELS = replace(
+  _local('parameterizations', 'tiny', 200, _ADAMW['adamw_two_rates'], seq_len=128),
+  checkpoint=Checkpoint(every=200, keep=1),
+)
+_NARROW = replace(_KERNELS.model, hidden_size=80, intermediate_size=240)
+
+
+def _stored(name, model=_KERNELS.model, warm_steps=0, optimizer=None, **options):
+  """A run with kernels of one kind; warm steps are taken from its steps."""
+  return replace(
+    _KERNELS,
+    model=model,
+    kernel=Kernel(name, options),
+    warm_steps=warm_steps,
+    steps=_KERNELS.steps - warm_steps,
+    optimizer=replace(_KERNELS.optimizer, **optimizer or {}),
+  )
+
+
+_RESTARTS = {'restart_every': 50, 'restart_warmup': 5}
+_STORED = {
+  'dense': _stored('dense'),
+  'dense_narrow': _stored('dense', _NARROW),
+  'factorized': _stored('factorized', rank=32),
+  'factorized_xavier': _stored('factorized', rank=32, init='xavier'),
+  'restarts': _stored('factorized', rank=32, restart_every=50, optimizer=_RESTARTS),
+  'self_guided': _stored('self_guided', rank=32, guide_steps=100),
+  'relora': _stored(
+    'relora', rank=32, merge_every=50, warm_steps=50, optimizer=_RESTARTS
+  ),
+  'switchlora': _stored(
+    'switchlora', rank=32, total_steps=200, optimizer={'name': 'vector_adam'}
+  ),
+  'sltrain': _stored('sltrain', rank=30),
+  'lost': _stored('lost', rank=30, channel_ratio=0.03),
+  'cola': _stored('cola', rank=32),
+  'cr_net': _stored('factorized', replace(_KERNELS.model, cross_layer=True), rank=16),
+  'sst': _stored('sst', rank=32, resample_every=50, optimizer=_RESTARTS),
+  'monarch': _stored('monarch', nblocks=4),
+  'dsformer': _stored('dsformer', atoms=32, nnz=12, width=64, mode='factor'),
+  'dsformer_latent': _stored('dsformer', atoms=32, nnz=12, width=64, refresh_every=10),
+  'maestro': _stored('maestro', rank=32, shrink_every=50),
+  'trp': _stored('trp', every=20),
+  'householder': _stored('householder', rank=32, train_sigma=True),
+  'snnk': _stored('snnk', features=58),
+}
+COMPARISONS['parameterizations'] = tuple(
+  replace(run, name=name) for name, run in _STORED.items()
+)
+SWEEPS = dict.fromkeys(
+  ('optimizers', 'parameterizations'),
+  Sweep(factors=(1 / 3, 1.0, 3.0), seeds=2, extensions=2),
+)

@@ -10,7 +10,7 @@ import optax
 
 import lrjax
 from experiments.config import Experiment
-from lrjax.views import leaf_path
+from lrjax.views import VECTORS, leaf_path
 
 StateDtype = Literal['float32', 'bfloat16']
 Inner = Literal['adam', 'lion', 'momentum', 'adafactor']
@@ -85,10 +85,14 @@ def adapt(optimizer: Method, **defaults: Any) -> Method:
 
 
 def _slower_matrices(scale: float) -> optax.GradientTransformation:
-  """Multiplies the updates of hidden matrices."""
-  matrices = lambda tree: jax.tree.map_with_path(
-    lambda path, x: lrjax.hidden_kernels(leaf_path(path), x), tree
-  )
+  """Multiplies the updates of hidden matrices, and of vectors that belong to kernels."""
+
+  def slow(path: Any, x: jax.Array) -> bool:
+    name = leaf_path(path)
+    vector = '/kernel/' in name and name.rpartition('/')[2] in VECTORS
+    return vector or lrjax.hidden_kernels(name, x)
+
+  matrices = lambda tree: jax.tree.map_with_path(slow, tree)
   return optax.masked(optax.scale(scale), matrices)
 
 

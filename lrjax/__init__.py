@@ -1,7 +1,7 @@
 """Low-rank training in JAX: one flat public list, grouped by family."""
 
-# Weights in 8 bits.
-from lrjax import int8_weights
+# Layers of hyperbolic space; weights in 8 bits.
+from lrjax import hyperbolic, int8_weights
 
 # Sums over micro-batches.
 from lrjax.accumulation import accumulate_sketches
@@ -76,10 +76,15 @@ from lrjax.optimizers.trion import scale_by_trion, trion
 from lrjax.orthogonalize import cholesky_qr, newton_schulz, polar
 
 # Parameterizations: how a kernel is stored and applied.
+from lrjax.parameterizations.cola import cola
 from lrjax.parameterizations.dense import dense
 from lrjax.parameterizations.factorized import factorized
+from lrjax.parameterizations.householder import householder, householder_orthogonal
 from lrjax.parameterizations.lost import lost
+from lrjax.parameterizations.relora import relora
 from lrjax.parameterizations.sltrain import sltrain
+from lrjax.parameterizations.sst import sst
+from lrjax.parameterizations.switchlora import switchlora
 from lrjax.penalties import add_penalty, frobenius, frobenius_decay
 
 # The remaining parts of the loop.
@@ -110,6 +115,9 @@ from lrjax.types import (
   Split,
   View,
 )
+
+# Adam for factors.
+from lrjax.vector_adam import scale_by_vector_adam, vector_adam
 from lrjax.views import hidden_kernels
 
 # Parameterized kernels of a whole model.
@@ -139,6 +147,7 @@ __all__ = [
   'bias_corrected',
   'cast',
   'cholesky_qr',
+  'cola',
   'columns',
   'convert',
   'coverage',
@@ -172,6 +181,9 @@ __all__ = [
   'health',
   'heaviest',
   'hidden_kernels',
+  'householder',
+  'householder_orthogonal',
+  'hyperbolic',
   'int8',
   'int8_weights',
   'keep',
@@ -191,6 +203,7 @@ __all__ = [
   'q_galore',
   'random_orthogonal',
   'randomized_svd',
+  'relora',
   'reset',
   'rotate_abs',
   'rotate_first',
@@ -214,8 +227,10 @@ __all__ = [
   'scale_by_q_galore',
   'scale_by_subtrack',
   'scale_by_trion',
+  'scale_by_vector_adam',
   'scale_full',
   'sltrain',
+  'sst',
   'state_free',
   'state_specs',
   'step_events',
@@ -224,7 +239,9 @@ __all__ = [
   'subtrack',
   'svd',
   'switched',
+  'switchlora',
   'trion',
   'two_sided',
+  'vector_adam',
   'with_restarts',
 ]

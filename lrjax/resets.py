@@ -15,7 +15,8 @@ from lrjax.roles import FACTORED, NON_NEGATIVE, SIGNED
 from lrjax.types import PyTree
 from lrjax.views import leaf_path
 
-_MOMENTS = SIGNED | NON_NEGATIVE | FACTORED
+# Counts of single vectors are moments too: they say how far these have come.
+_MOMENTS = SIGNED | NON_NEGATIVE | FACTORED | {'vector_count'}
 _COUNTS = frozenset({'count', 'steps'})
 
 
@@ -126,8 +127,7 @@ def _is_moment(name: str, owner: str) -> bool:
   """Whether a field of a moment is on the way, beside the parameter's own path."""
   before, _, after = f'/{name}/'.partition(f'/{owner}/')
   fields = {*before.split('/'), *after.split('/')}
-  # Counts of single vectors are moments too: they say how far these have come.
-  return bool(fields & _MOMENTS) or 'vector_count' in fields
+  return bool(fields & _MOMENTS)
 
 
 def _broadcast(mask: Any, x: jax.Array, name: str) -> jax.Array:

@@ -156,7 +156,8 @@ class Event(NamedTuple):
     name: by which it is asked for, logged and counted.
     weights: `(key, Split, k int32[]) -> (Split, touched)`, for ONE matrix; shapes and
       dtypes stay. `touched` maps names of `Split.train` ('' for a bare array) to True,
-      or to a bool array that broadcasts against the leaf: whose moments are changed.
+      or to a bool array that broadcasts against the leaf: whose moments are changed. A
+      scalar one follows from k alone and is the same for all matrices of a stack.
     due: `k -> bool` on a Python int; None: at every k, inside the compiled step.
     moments: `(key, moment, start) -> moment`, what moments of touched entries become;
       `start` is their value in a new optimizer. None: `start`.

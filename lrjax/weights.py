@@ -210,13 +210,16 @@ def _on_stack(event, stack, keys, split, k):
   """The event over a stack; a mask that is True stays so, whatever moments look like."""
   whole = {}
 
-  def one(key: jax.Array, split: Split) -> tuple[Split, dict]:
+  def one(key: jax.Array, split: Split) -> tuple[Split, dict, dict]:
     new, touched = event.weights(key, split, k)
     whole.update({leaf: True for leaf, mask in touched.items() if mask is True})
-    return new, {leaf: mask for leaf, mask in touched.items() if mask is not True}
+    masks = {leaf: mask for leaf, mask in touched.items() if mask is not True}
+    # One flag for a whole leaf is one for the whole stack.
+    flags = {leaf: masks.pop(leaf) for leaf in [*masks] if masks[leaf].ndim == 0}
+    return new, masks, flags
 
-  new, masks = _over_stack(one, stack)(keys, split)
-  return new, whole | masks
+  new, masks, flags = _over_stack(one, stack, (0, 0, None))(keys, split)
+  return new, whole | masks | flags
 
 
 def _change_moments(event: Event, state, tx, params, masks, k, seed):
@@ -248,9 +251,9 @@ def named_arrays(split: Split) -> dict[str, jax.Array]:
   return {**train, **split.fixed}
 
 
-def _over_stack(f: Callable, stack: tuple[int, ...]) -> Callable:
+def _over_stack(f: Callable, stack: tuple[int, ...], out_axes: Any = 0) -> Callable:
   for _ in stack:
-    f = jax.vmap(f)
+    f = jax.vmap(f, out_axes=out_axes)
   return f
 
 
@@ -266,7 +269,7 @@ def _node(tree: PyTree, path: str) -> Any:
 
 def _put(tree: PyTree, path: str, value: Any) -> PyTree:
   """The tree with another value at a path; dicts on the way are copied."""
-  part, _, rest = path.partition('/')
+  part, _, rest = path.lstrip('/').partition('/')
   key = _key(tree, part)
   inner = _put(tree.get(key, {}), rest, value) if rest else value
   return {**tree, key: inner}

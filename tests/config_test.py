@@ -83,13 +83,19 @@ def test_presets_are_the_runs_of_the_paper():
     assert run.optimizer.clip == (run.name == 'galore_7b')
 
 
-def test_compared_runs_differ_in_the_optimizer_alone():
-  for runs in COMPARISONS.values():
+def test_compared_runs_differ_in_the_method_alone():
+  for name, runs in COMPARISONS.items():
     assert len({run.name for run in runs}) == len(runs)
     assert not {run.name for run in runs} & {
       f.name for f in dataclasses.fields(runs[0])
     }
     same = [dataclasses.replace(r, name='x', optimizer=runs[0].optimizer) for r in runs]
+    if name == 'parameterizations':
+      assert {r.steps + r.warm_steps for r in runs} == {200}
+      varied = {
+        f: getattr(runs[0], f) for f in ('model', 'kernel', 'steps', 'warm_steps')
+      }
+      same = [dataclasses.replace(r, **varied) for r in same]
     assert same[1:] == same[:-1]
 
 

@@ -139,8 +139,41 @@ def test_linen_scan_reads_the_fixed_collection():
 def test_linen_says_when_fixed_arrays_are_missing():
   layer = linen.Dense(6, kernel=gathered(2))
   params = layer.init(jax.random.key(0), X)['params']
-  with pytest.raises(Exception, match='fixed'):
+  with pytest.raises(ValueError, match="beside 'params'"):
     layer.apply({'params': params}, X)
+
+
+def test_linen_says_what_to_list_where_collections_are_listed():
+  class Step(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+      return linen.Dense(8, kernel=gathered(2), name='layer')(x), None
+
+  rngs = {'params': True}
+  for lifted in (
+    nn.scan(Step, {'params': 0}, split_rngs=rngs, length=3),
+    nn.vmap(Step, {'params': 0}, split_rngs=rngs, in_axes=(0, None)),
+    nn.remat(Step, variables='params'),
+  ):
+    with pytest.raises(
+      ValueError, match="layer: the collection 'fixed' does not reach"
+    ):
+      lifted().init(jax.random.key(0), X, None)
+  assert 'fixed' in jax.eval_shape(nn.remat(Step)().init, jax.random.key(0), X, None)
+
+
+@pytest.mark.parametrize('precision', ['highest', jax.lax.Precision.HIGHEST])
+def test_precision_is_that_of_all_products(precision):
+  ours = Dense(8, 6, kernel=gathered(2), precision=precision, rngs=nnx.Rngs(0))
+  layer = linen.Dense(6, kernel=gathered(2), precision=(precision, precision))
+  variables = layer.init(jax.random.key(0), X)
+  for lowered in (
+    nnx.jit(lambda m, x: m(x)).lower(ours, X),
+    jax.jit(layer.apply).lower(variables, X),
+  ):
+    assert lowered.as_text().count('[HIGHEST, HIGHEST]') == 3
+  with pytest.raises(ValueError, match='one precision'):
+    linen.Dense(6, precision=('highest', 'default')).init(jax.random.key(0), X)
 
 
 def test_dense_parameterization():

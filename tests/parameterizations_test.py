@@ -7,7 +7,15 @@ from lrjax.testing.parameterizations import CHECKS, Case
 
 CASES = {
   'dense': Case(lrjax.dense(), lrjax.dense()),
+  'cola': Case(lrjax.cola(4)),
+  'cola_linear': Case(lrjax.cola(4, act=None), lrjax.cola(12, act=None)),
   'factorized': Case(lrjax.factorized(4, restart_every=3), lrjax.factorized(12)),
+  'relora': Case(lrjax.relora(4, 2, alpha=4.0), lrjax.relora(12, 2)),
+  'relora_trained_scale': Case(lrjax.relora(4, 5, alpha=None)),
+  'switchlora': Case(
+    lrjax.switchlora(4, total_steps=100, interval=2, freeze=1),
+    lrjax.switchlora(4, total_steps=100),
+  ),
   'lost': Case(
     lrjax.lost(4, 0.25, act=None, rescale=True), lrjax.lost(12, 0.1, act=None)
   ),
@@ -17,6 +25,8 @@ CASES = {
     lrjax.sltrain(4, 1.0),
   ),
   'sltrain_silu': Case(lrjax.sltrain(4, 0.2, None, 'silu')),
+  'householder': Case(lrjax.householder(4), lrjax.householder(12, train_sigma=True)),
+  'sst': Case(lrjax.sst(4, 3, 1), lrjax.sst(4), true_gradient=False),
 }
 
 

@@ -14,7 +14,7 @@ from experiments.report.runs import Run, load_run
 from experiments.report.tables import Table
 from experiments.rundir import write_json
 from experiments.study import Finding, Study
-from experiments.units import MISSING, fixed, known, milliseconds, size
+from experiments.units import MISSING, count, fixed, known, milliseconds, size
 
 
 class Entry(NamedTuple):
@@ -87,20 +87,27 @@ def write_study(
 
 
 def comparison(entries: Sequence[Entry]) -> Table:
-  """One row a method, as they are given."""
+  """One row a method, as they are given; columns in which all are alike are left out."""
   columns = {
     'validation loss (nats)': _loss,
     'best rate': _rate,
+    'trained weights': lambda e: count(e.mean('parameters')),
+    'fixed': lambda e: size(e.mean('fixed_bytes')),
     'optimizer state': lambda e: size(e.mean('optimizer_bytes')),
     'of Adam': _share_of_adam,
+    'temporary': lambda e: size(e.mean('temporary_bytes')),
+    'tokens a second': lambda e: count(_tokens_per_second(e)),
     'steady step': lambda e: milliseconds(e.mean('steady_ms')),
     'refresh step': lambda e: milliseconds(e.mean('refresh_ms')),
     'captured energy': lambda e: fixed(e.mean('captured_energy'), 2),
     'overlap': lambda e: fixed(e.mean('overlap'), 2),
     'refreshes': lambda e: fixed(e.mean('refreshes'), 1),
   }
-  rows = [(e.name, *(show(e) for show in columns.values())) for e in entries]
-  return Table('Methods', ('method', *columns), rows)
+  cells = {name: [show(e) for e in entries] for name, show in columns.items()}
+  always = [*columns][:2]
+  told = {n: c for n, c in cells.items() if n in always or len({*c}) > 1}
+  rows = [(e.name, *row) for e, row in zip(entries, zip(*told.values()))]
+  return Table('Methods', ('method', *told), rows)
 
 
 def sweeps(entries: Sequence[Entry]) -> Table:
@@ -124,7 +131,8 @@ def sentences(study: Study, entries: Sequence[Entry]) -> list[str]:
   out = [
     f'Best of {len(sweep.factors)} or more learning rates for each method with the '
     f'first seed, then {sweep.seeds} seeds at that rate: the mean, and half the distance '
-    'between the worst and the best seed. Same batches, same number of tokens.'
+    'between the worst and the best seed. Same batches, same number of tokens, warm '
+    'starts included.'
   ]
   if spreads:
     out.append(
@@ -156,6 +164,7 @@ def sentences(study: Study, entries: Sequence[Entry]) -> list[str]:
 def numbers(study: Study, entries: Sequence[Entry]) -> dict[str, Any]:
   """The study as JSON; null for what is not finite."""
   means = (
+    'parameters', 'parameter_bytes', 'fixed_bytes', 'temporary_bytes',
     'optimizer_bytes', 'adam_bytes', 'steady_ms', 'refresh_ms', 'compile_seconds',
     'captured_energy', 'overlap', 'effective_rank', 'refreshes',
   )  # fmt: skip
@@ -164,6 +173,8 @@ def numbers(study: Study, entries: Sequence[Entry]) -> dict[str, Any]:
     dict(
       method=e.name,
       options=dict(m.optimizer.options),
+      kernel=m.kernel.name,
+      kernel_options=dict(m.kernel.options),
       rate=e.finding.rate,
       on_edge=e.finding.on_edge,
       sweep={f'{rate:g}': finite(x) for rate, x in e.finding.losses.items()},
@@ -181,7 +192,7 @@ def numbers(study: Study, entries: Sequence[Entry]) -> dict[str, Any]:
 
 def _tokens(study):
   m = study.methods[0]
-  return m.steps * m.data.batch_size * m.data.seq_len
+  return (m.warm_steps + m.steps) * m.data.batch_size * m.data.seq_len
 
 
 def _firsts(entries):
@@ -200,6 +211,14 @@ def _rate(e):
   if e.finding.rate is None:
     return MISSING
   return f'{e.finding.rate:g}' + (' (edge)' if e.finding.on_edge else '')
+
+
+def _tokens_per_second(e):
+  parts = [e.mean(name) for name in ('tokens', 'steps', 'steady_ms')]
+  if any(part is None for part in parts):
+    return None
+  tokens, steps, milliseconds = parts
+  return 1e3 * tokens / steps / milliseconds
 
 
 def _share_of_adam(e):

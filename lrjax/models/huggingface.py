@@ -54,7 +54,17 @@ def hf_name(path: str) -> str:
 
 
 def to_hf(config: LlamaConfig) -> dict[str, Any]:
-  """The content of config.json, as transformers 4 and 5 read it."""
+  """The content of config.json, as transformers 4 and 5 read it.
+
+  Raises:
+    ValueError: for a config that is no LLaMA in the strict sense.
+  """
+  for name, value in {'gate_act': 'silu', 'cross_layer': False}.items():
+    if getattr(config, name) != value:
+      raise ValueError(
+        f'transformers has no such Llama: {name} must be {value!r}, got '
+        f'{getattr(config, name)!r}'
+      )
   rope = {'rope_type': 'default', 'rope_theta': config.rope_theta}
   return {
     'architectures': ['LlamaForCausalLM'],

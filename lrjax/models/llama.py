@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from lrjax.models import crnet
 from lrjax.models.attention import causal_attention, rotary, rotate
 from lrjax.models.llama_config import LlamaConfig
 from lrjax.models.llama_params import shard_batch
+from lrjax.models.remat import rematerialize, residual
 from lrjax.modules.nnx import Dense
 from lrjax.parameterizations.dense import dense
 from lrjax.types import Parameterization
@@ -31,7 +33,9 @@ class Llama(nnx.Module):
   `layers/mlp/{gate,up,down}/kernel`, `layers/{attn,mlp}_norm/scale`, `norm/scale` and
   `lm_head/kernel`. With `config.scan_layers` the leaves under `layers` have a leading
   axis L, otherwise they are at `layers/<i>/...`; both hold the same numbers for the
-  same seed. A parameterization with several arrays has `.../kernel/<name>`.
+  same seed. A parameterization with several arrays has `.../kernel/<name>`. With
+  `config.cross_layer` the first layer is dense, at `first/...`, `layers` are the others,
+  and `cross/{q,k,v,o,gate,up,down}` holds a scalar for each of these.
 
   Train it as a function of plain trees:
 
@@ -65,12 +69,15 @@ class Llama(nnx.Module):
     self.config = config
     self.embed = Embed(config, rngs=rngs)
     layer = lambda key: Layer(config, kernel, nnx.Rngs(key))
-    keys = jax.random.split(rngs.params(), config.num_layers)
+    keys = jax.random.split(rngs.params(), config.num_layers - config.cross_layer)
     self.layers: Any = (
       nnx.vmap(layer)(keys)
       if config.scan_layers
       else nnx.List([layer(key) for key in keys])
     )
+    if config.cross_layer:
+      self.first = Layer(config, _DENSE, rngs)
+      self.cross = crnet.scales(config)
     self.norm = RMSNorm(config)
     if not config.tie_embeddings:
       self.lm_head = _dense(config, config.hidden_size, config.vocab_size, _DENSE, rngs)
@@ -99,12 +106,15 @@ class Llama(nnx.Module):
 
   def _run_layers(self, x, rotation):
     scan, remat = self.config.scan_layers, self.config.remat
+    if self.config.cross_layer:
+      return crnet.run_layers(
+        self.first, self.layers, self.cross, x, rotation, self.config
+      )
 
     def run(layer):
       graphdef, state = nnx.split(layer)
       step = lambda x, state: nnx.merge(graphdef, state)(x, rotation)
-      # Inside a scan XLA cannot merge the recomputation with the original anyway.
-      return (jax.checkpoint(step, prevent_cse=not scan) if remat else step), state
+      return rematerialize(step, remat, scanned=scan), state
 
     x = shard_batch(x)
     if scan:
@@ -117,6 +127,11 @@ class Llama(nnx.Module):
     return x
 
 
+def _apply(role, kernel, x):
+  """How layers apply a kernel, unless told otherwise."""
+  return kernel(x)
+
+
 class Layer(nnx.Module):
   """x + attn(norm(x)), then x + mlp(norm(x))."""
 
@@ -126,9 +141,10 @@ class Layer(nnx.Module):
     self.mlp_norm = RMSNorm(config)
     self.mlp = MLP(config, kernel, rngs)
 
-  def __call__(self, x, rotation):
-    x = x + self.attn(self.attn_norm(x), rotation)
-    return x + self.mlp(self.mlp_norm(x))
+  def __call__(self, x, rotation, linear=_apply):
+    # The sum returned is an argument of the next layer, and so kept without a name.
+    x = residual(x + self.attn(self.attn_norm(x), rotation, linear))
+    return x + self.mlp(self.mlp_norm(x), linear)
 
 
 class Attention(nnx.Module):
@@ -142,24 +158,28 @@ class Attention(nnx.Module):
     self.v = _dense(config, D, KC, kernel, rngs)
     self.o = _dense(config, D, D, kernel, rngs)
 
-  def __call__(self, x, rotation):
+  def __call__(self, x, rotation, linear=_apply):
     heads = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)  # (B, T, H or K, C)
-    q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
+    kernels = ('q', self.q), ('k', self.k), ('v', self.v)
+    q, k, v = (heads(linear(role, kernel, x)) for role, kernel in kernels)
     q, k = rotate(q, rotation), rotate(k, rotation)
-    return self.o(causal_attention(q, k, v).reshape(*x.shape[:2], -1))
+    return linear('o', self.o, causal_attention(q, k, v).reshape(*x.shape[:2], -1))
 
 
 class MLP(nnx.Module):
-  """SwiGLU: (silu(x gate) * (x up)) down."""
+  """SwiGLU: (silu(x gate) * (x up)) down, without the silu for `gate_act='none'`."""
 
   def __init__(self, config, kernel, rngs):
     D, F = config.hidden_size, config.intermediate_size
     self.gate = _dense(config, D, F, kernel, rngs)
     self.up = _dense(config, D, F, kernel, rngs)
     self.down = _dense(config, F, D, kernel, rngs)
+    self.gate_act = config.gate_act
 
-  def __call__(self, x):
-    return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+  def __call__(self, x, linear=_apply):
+    gate, up = linear('gate', self.gate, x), linear('up', self.up, x)
+    gate = jax.nn.silu(gate) if self.gate_act == 'silu' else gate
+    return linear('down', self.down, gate * up)
 
 
 class RMSNorm(nnx.Module):

@@ -2,8 +2,12 @@
 
 import dataclasses
 import math
+import types
+import typing
+from typing import Literal
 
-_DTYPES = ('float32', 'bfloat16', 'float16')
+Remat = bool | Literal['low_rank']
+Dtype = Literal['float32', 'bfloat16', 'float16']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +26,13 @@ class LlamaConfig:
     rms_norm_eps: added to the mean square in RMSNorm.
     tie_embeddings: use the embedding as the output head.
     scan_layers: stack the layers' arrays on a leading axis and loop by `lax.scan`.
-    remat: recompute each layer in the backward pass instead of keeping activations.
+    remat: recompute each layer in the backward pass instead of keeping activations;
+      low_rank: keep the thin activations x a of low-rank kernels and the residual
+      stream, which leaves the products with b and attention to recompute (CoLA-M).
+    gate_act: what the gate goes through before it multiplies; none: nothing, for
+      kernels that have a nonlinearity themselves (CoLA from 350M on).
+    cross_layer: add to each linear output its value in the layer below, times a trained
+      scalar, the first layer being dense (CR-Net); see `lrjax.models.crnet`.
     dtype: what the layers compute in; norms, softmax and logits are float32 always.
     param_dtype: what the parameters are stored in.
 
@@ -49,9 +59,11 @@ class LlamaConfig:
   rms_norm_eps: float = 1e-6
   tie_embeddings: bool = False
   scan_layers: bool = True
-  remat: bool = False
-  dtype: str = 'float32'
-  param_dtype: str = 'float32'
+  remat: Remat = False
+  gate_act: Literal['silu', 'none'] = 'silu'
+  cross_layer: bool = False
+  dtype: Dtype = 'float32'
+  param_dtype: Dtype = 'float32'
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
@@ -65,6 +77,11 @@ class LlamaConfig:
       raise ValueError(
         'hidden_size / num_heads must be even for rotary positions, got '
         f'{self.hidden_size} / {self.num_heads} = {self.head_dim}'
+      )
+    if self.cross_layer and not (self.scan_layers and self.num_layers > 1):
+      raise ValueError(
+        'cross_layer needs scan_layers and at least two layers, got scan_layers '
+        f'{self.scan_layers}, num_layers {self.num_layers}'
       )
     if self.num_heads % self.kv_heads:
       raise ValueError(
@@ -84,17 +101,20 @@ class LlamaConfig:
 
 
 def _check(name, kind, value):
-  """Raises unless `value` is a `kind` in range."""
-  if name == 'num_kv_heads':
-    kind, value = int, 1 if value is None else value
-  accepted = (int, float) if kind is float else kind
-  if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
+  """Raises unless `value` is a `kind`, a number in range or one of its names."""
+  is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+  kinds = typing.get_args(kind) if is_union else (kind,)
+  names = [n for k in kinds for n in typing.get_args(k)]
+  accepted = [k if isinstance(k, type) else str for k in kinds]
+  fits = isinstance(value, (*accepted, *[int] * (float in kinds)))
+  if not fits or (isinstance(value, bool) and bool not in kinds):
+    told = ' or '.join(k.__name__ for k in accepted)
     got = f'{value!r} ({type(value).__name__})'
-    raise TypeError(f'{name} must be of type {kind.__name__}, got {got}')
+    raise TypeError(f'{name} must be of type {told}, got {got}')
   if isinstance(value, str):
-    if value not in _DTYPES:
-      raise ValueError(f'{name} must be one of {", ".join(_DTYPES)}, got {value!r}')
-  elif kind is not bool and not (value > 0 and math.isfinite(value)):
+    if value not in names:
+      raise ValueError(f'{name} must be one of {", ".join(names)}, got {value!r}')
+  elif value is not None and bool not in kinds and not 0 < value < math.inf:
     raise ValueError(f'{name} must be positive and finite, got {value!r}')
 
 

@@ -43,7 +43,8 @@ def param_specs(params: PyTree, kernel: Parameterization = _DENSE) -> PyTree:
 
   def spec(path, leaf):
     name = jax.tree_util.keystr(path, simple=True, separator='/')
-    axes = _mesh_axes(name, kernel.axes)
+    # The first layer of a cross-layer model is dense.
+    axes = _mesh_axes(name, (_DENSE if name.startswith('first/') else kernel).axes)
     whole = (None,) * (len(leaf.shape) - len(axes))
     return PartitionSpec(*whole, *axes)
 
@@ -52,13 +53,13 @@ def param_specs(params: PyTree, kernel: Parameterization = _DENSE) -> PyTree:
 
 def _mesh_axes(name, kernel_axes):
   """The mesh axes of a leaf's last axes, by its path."""
-  # layers/attn/q/kernel and layers/0/attn/q/kernel are the same kind of leaf.
-  match re.sub(r'^layers/(\d+/)?', '', name).split('/'):
+  # first, layers and layers/0 all have the leaf attn/q/kernel.
+  match re.sub(r'^(first|layers(/\d+)?)/', '', name).split('/'):
     case ['embed', 'embedding']:
       return 'tensor', 'fsdp'
     case ['lm_head', 'kernel']:
       return 'fsdp', 'tensor'
-    case ['attn_norm' | 'mlp_norm' | 'norm', 'scale']:
+    case ['attn_norm' | 'mlp_norm' | 'norm', 'scale'] | ['cross', _]:
       return ()
     case ['attn' | 'mlp', role, 'kernel' | 'fixed', *leaf] if role in _KERNELS:
       place = dict(zip(('in', 'out'), _KERNELS[role]))

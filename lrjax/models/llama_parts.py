@@ -31,7 +31,8 @@ def llama_parts(
     `lrjax.layerwise.Parts`.
 
   Raises:
-    ValueError: if layers are not stacked, or their kernels have fixed arrays.
+    ValueError: if layers are not stacked or take more than the residual stream from
+      the one below (`cross_layer`), or their kernels have fixed arrays.
 
   Examples:
     >>> import optax
@@ -49,6 +50,8 @@ def llama_parts(
   config = model.config
   if not config.scan_layers:
     raise ValueError('the layer-wise update needs stacked layers: scan_layers=True')
+  if config.cross_layer:
+    raise ValueError('the layer-wise update passes one array on: cross_layer=False')
   layer_def, _, fixed = split(model.layers)
   if jax.tree.leaves(fixed):
     raise ValueError(

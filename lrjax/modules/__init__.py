@@ -1,1 +1,1 @@
-"""Flax shells over the pure functions: `lrjax.modules.nnx`, `lrjax.modules.linen`."""
+"""Flax shells over the pure functions: `nnx`, `linen`, and swaps in others' models."""

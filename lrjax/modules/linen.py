@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lrjax.modules.nnx import in_dtype
+from lrjax.modules.nnx import Precision, applied
 from lrjax.parameterizations.dense import dense
 from lrjax.types import Parameterization, Split
 
@@ -21,6 +21,7 @@ class Dense(nn.Module):
     kernel: how the weight is drawn, stored and applied.
     dtype: what inputs and floating arrays are cast to; None computes as they come.
     param_dtype: dtype of the stored arrays.
+    precision: of its matrix products, as in `nn.Dense`.
 
   Examples:
     >>> variables = Dense(3).init(jax.random.key(0), jnp.ones((2, 4)))
@@ -32,6 +33,7 @@ class Dense(nn.Module):
   kernel: Parameterization = dense()
   dtype: jax.typing.DTypeLike | None = None
   param_dtype: jax.typing.DTypeLike = jnp.float32
+  precision: Precision = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -44,6 +46,16 @@ class Dense(nn.Module):
     train = self.param('kernel', lambda _: draw(key).train)
     fixed = {}
     if jax.eval_shape(draw, key).fixed:
+      self._check_fixed()
       fixed = self.variable('fixed', 'fixed', lambda: draw(key).fixed).value
-    cast = lambda a: in_dtype(a, self.dtype)
-    return self.kernel.apply(jax.tree.map(cast, Split(train, fixed)), cast(x))
+    return applied(self.kernel, Split(train, fixed), x, self.dtype, self.precision)
+
+  def _check_fixed(self) -> None:
+    reached = self.is_mutable_collection('fixed') or self.has_variable('fixed', 'fixed')
+    if not reached:
+      raise ValueError(
+        f"{'/'.join(self.path)}: the collection 'fixed' does not reach this layer, whose"
+        " kernel has fixed arrays. Give it to apply beside 'params', and list it wherever"
+        " collections are listed: variable_axes={'params': 0, 'fixed': 0} of nn.scan and"
+        " nn.vmap, variables=['params', 'fixed'] of nn.remat"
+      )

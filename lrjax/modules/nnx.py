@@ -1,5 +1,6 @@
 """Flax NNX shells: a dense layer whose kernel is any parameterization."""
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,8 @@ from flax import nnx
 
 from lrjax.parameterizations.dense import dense
 from lrjax.types import Parameterization, PyTree, Split
+
+Precision = jax.lax.PrecisionLike
 
 _DENSE = dense()
 
@@ -30,6 +33,7 @@ class Dense(nnx.Module):
     use_bias: add a bias, zero at the start.
     dtype: what inputs and floating arrays are cast to; None computes as they come.
     param_dtype: dtype of the stored arrays.
+    precision: of its matrix products, as in `nnx.Linear`.
     rngs: its `params` stream draws the kernel.
 
   Examples:
@@ -47,25 +51,43 @@ class Dense(nnx.Module):
     use_bias: bool = False,
     dtype: jax.typing.DTypeLike | None = None,
     param_dtype: jax.typing.DTypeLike = jnp.float32,
+    precision: Precision = None,
     rngs: nnx.Rngs,
   ):
-    split = kernel.init(rngs.params(), (in_features, out_features), param_dtype)
-    if isinstance(split.train, Mapping):
-      self.kernel = nnx.Dict({k: nnx.Param(v) for k, v in split.train.items()})
-    else:
-      self.kernel = nnx.Param(split.train)
-    self.fixed = nnx.Dict({k: Fixed(v) for k, v in split.fixed.items()})
+    self.in_features, self.out_features = in_features, out_features
+    self.dtype, self.precision = dtype, precision
+    self.hold(kernel, kernel.init(rngs.params(), self.shape, param_dtype))
     self.bias = nnx.Param(jnp.zeros(out_features, param_dtype)) if use_bias else None
-    self.dtype = dtype
-    self.parameterization = kernel
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    """(in, out) of one kernel, whatever stack the layer holds."""
+    return self.in_features, self.out_features
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps x (..., in) to (..., out)."""
-    cast = lambda a: in_dtype(a, self.dtype)
-    y = self.parameterization.apply(jax.tree.map(cast, self.arrays()), cast(x))
+    arrays, axes = self.arrays(), self.parameterization.axes
+    for name, a in arrays.fixed.items():
+      if a.ndim != len(axes.get(name, a.shape)):
+        raise ValueError(
+          f'the fixed array {name!r} has shape {a.shape} in a layer of one kernel: its'
+          ' stack was not split. Where nnx.vmap or nnx.scan names an axis for nnx.Param,'
+          ' lrjax.modules.nnx.Fixed needs the same: StateAxes({(nnx.Param, Fixed): 0})'
+        )
+    y = applied(self.parameterization, arrays, x, self.dtype, self.precision)
     if self.bias is None:
       return y
-    return y + jnp.broadcast_to(cast(self.bias[...]), y.shape)
+    return y + jnp.broadcast_to(in_dtype(self.bias[...], self.dtype), y.shape)
+
+  def hold(self, kernel: Parameterization, split: Split) -> None:
+    """Takes the arrays of a kernel, one or a stack, as the layer's own."""
+    variables = lambda make, arrays: nnx.Dict({k: make(v) for k, v in arrays.items()})
+    dict_kernel = isinstance(split.train, Mapping)
+    self.kernel: Any = (
+      variables(nnx.Param, split.train) if dict_kernel else nnx.Param(split.train)
+    )
+    self.fixed = variables(Fixed, split.fixed)
+    self.parameterization = kernel
 
   def arrays(self) -> Split:
     """The kernel's arrays in their stored dtype."""
@@ -79,6 +101,32 @@ def in_dtype(a: jax.Array, dtype: jax.typing.DTypeLike | None) -> jax.Array:
   """`a` in `dtype`, if one is given and `a` is floating; indices stay integers."""
   floating = jnp.issubdtype(a.dtype, jnp.floating)
   return a.astype(dtype) if dtype is not None and floating else a
+
+
+def applied(
+  kernel: Parameterization,
+  arrays: Split,
+  x: jax.Array,
+  dtype: jax.typing.DTypeLike | None,
+  precision: Precision,
+) -> jax.Array:
+  """The kernel applied to x, both cast to `dtype`, with products of a precision."""
+  cast = lambda a: in_dtype(a, dtype)
+  with _at(precision):
+    return kernel.apply(jax.tree.map(cast, arrays), cast(x))
+
+
+def _at(precision: Precision) -> contextlib.AbstractContextManager:
+  """Where matrix products have a precision; None leaves what the caller has set."""
+  if precision is None:
+    return contextlib.nullcontext()
+  pair = precision if isinstance(precision, tuple) else (precision, precision)
+  first, second = (
+    p.name.lower() if isinstance(p, jax.lax.Precision) else p for p in pair
+  )
+  if first != second:
+    raise ValueError(f'both operands must have one precision, got {precision}')
+  return jax.default_matmul_precision(first)
 
 
 def split(model: nnx.Module) -> tuple[Any, PyTree, PyTree]:

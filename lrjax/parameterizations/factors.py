@@ -102,3 +102,11 @@ def periodic(every: int) -> Callable[[int], bool]:
   """`due` of an event at every multiple of `every`, not at 0."""
   positive_int('every', every)
   return lambda k: k > 0 and k % every == 0
+
+
+def fold(
+  kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float | jax.Array = 1.0
+) -> jax.Array:
+  """kernel + scale ab, summed in float32 and rounded once to the dtype of the kernel."""
+  ab = mm(a.astype(jnp.float32), b.astype(jnp.float32))
+  return (kernel.astype(jnp.float32) + scale * ab).astype(kernel.dtype)
