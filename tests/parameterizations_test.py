@@ -21,7 +21,8 @@ CASES = {
   ),
   'lost_silu': Case(lrjax.lost(4, 0.25)),
   'sltrain': Case(
-    lrjax.sltrain(4, 0.2, restart_every=3, shards=(2, 2)), lrjax.sltrain(4, 1.0)
+    lrjax.sltrain(4, 0.2, restart_every=3, in_shards=2, out_shards=2),
+    lrjax.sltrain(4, 1.0),
   ),
   'sltrain_silu': Case(lrjax.sltrain(4, 0.2, None, 'silu')),
   'householder': Case(lrjax.householder(4), lrjax.householder(12, train_sigma=True)),

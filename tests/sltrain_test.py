@@ -179,8 +179,8 @@ def test_each_device_adds_the_values_of_its_own_block():
   mesh = jax.make_mesh((2, 2), ('fsdp', 'tensor'), axis_types=(AxisType.Auto,) * 2)
   place = {'in': 'fsdp', 'out': 'tensor', None: None}
 
-  def collectives(shards):
-    p = lrjax.sltrain(4, 0.1, shards=shards)
+  def collectives(**shards):
+    p = lrjax.sltrain(4, 0.1, **shards)
     split = jax.eval_shape(lambda: p.init(KEY, (32, 48), jnp.float32))
 
     def spread(name, x):
@@ -197,8 +197,8 @@ def test_each_device_adds_the_values_of_its_own_block():
       text.count(f' {name}(') for name in ('all-gather', 'all-reduce', 'all-to-all')
     )
 
-  assert collectives((2, 2)) == 0
-  assert collectives((1, 1)) > 0
+  assert collectives(in_shards=2, out_shards=4) == 0
+  assert collectives() > 0
 
 
 @pytest.mark.parametrize(
@@ -214,8 +214,9 @@ def test_each_device_adds_the_values_of_its_own_block():
     (dict(act='swish'), ValueError, 'act'),
     (dict(act='silu', restart_every=5), ValueError, 'restart'),
     (dict(restart_every=0), ValueError, 'every'),
-    (dict(shards=(3, 1)), ValueError, 'shards must divide'),
-    (dict(shards=2), TypeError, 'shards'),
+    (dict(in_shards=3), ValueError, r'shards must divide .* got shards \(3, 1\)'),
+    (dict(out_shards=0), ValueError, 'out_shards'),
+    (dict(out_shards=(2,)), TypeError, 'out_shards'),
     (dict(import_support='best'), ValueError, 'import_support'),
   ],
 )

@@ -77,11 +77,3 @@ def test_bad_supports_are_refused():
   for share, error in ((0, ValueError), (1.5, ValueError), ('1', TypeError)):
     with pytest.raises(error, match='density'):
       sparse.check_fraction('density', share)
-  for shards, error in (
-    ([1, 1], TypeError),
-    ((1, 1, 1), TypeError),
-    ((0, 1), ValueError),
-    ((1.0, 1), TypeError),
-  ):
-    with pytest.raises(error, match='shards'):
-      sparse.check_shards(shards)

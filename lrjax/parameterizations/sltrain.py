@@ -11,7 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from lrjax.checks import finite, named
+from lrjax.checks import finite, named, positive_int
 from lrjax.parameterizations import factors, sparse
 from lrjax.parameterizations.factorized import restart
 from lrjax.parameterizations.factors import value
@@ -25,7 +25,8 @@ def sltrain(
   alpha: float | None = 32.0,
   act: factors.Act | None = None,
   restart_every: int | None = None,
-  shards: tuple[int, int] = (1, 1),
+  in_shards: int = 1,
+  out_shards: int = 1,
   import_support: Literal['random', 'largest'] = 'random',
 ) -> Parameterization:
   r"""W = s ab + S, where S has trained values on a support drawn once: y = x W.
@@ -61,10 +62,11 @@ def sltrain(
     act: nonlinearity between a and b; None: none.
     restart_every: updates between restarts, which rebalance a and b and have the whole
       optimizer start anew, see `lrjax.factorized`; None: no restarts.
-    shards: (p, q) for a mesh that splits `in` in p and `out` in q: each of the p q
-      blocks gets as many places, so that devices add the values of their own blocks.
-      The law is the stratified version of the uniform one. Part of what a checkpoint
-      means, as is the density: load it with the same.
+    in_shards: into how many parts a mesh splits `in`, or a multiple of it.
+    out_shards: the same for `out`. Each of the in_shards * out_shards blocks then has as
+      many places, so that devices add the values of their own blocks; the law is the
+      stratified version of the uniform one. Both belong to the meaning of a checkpoint:
+      load it with the same.
     import_support: where `from_dense` keeps what ab misses of a kernel: at `random`, as
       at the start, or where that is `largest`.
 
@@ -85,7 +87,7 @@ def sltrain(
     dtype('int32')
   """
   sparse.check_fraction('density', density)
-  shards = sparse.check_shards(shards)
+  shards = positive_int('in_shards', in_shards), positive_int('out_shards', out_shards)
   choose_support = named('import_support', import_support, _SUPPORTS)
   activation = None if act is None else named('act', act, factors.ACTS)
   if activation and restart_every is not None:

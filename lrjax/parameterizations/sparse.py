@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lrjax.checks import finite, positive_int
+from lrjax.checks import finite
 
 Shards = tuple[int, int]
 # Nothing is drawn twice, nothing lies outside, all is in order: no checks are compiled.
@@ -24,13 +24,6 @@ def check_fraction(name: str, share: float) -> float:
   if not 0 < finite(name, share) <= 1:
     raise ValueError(f'`{name}` must be above 0 and at most 1, got {share}')
   return share
-
-
-def check_shards(shards: Shards) -> Shards:
-  """The shards, or an error unless they are two ints of at least 1."""
-  if not isinstance(shards, tuple) or len(shards) != 2:
-    raise TypeError(f'`shards` must be a tuple (in_shards, out_shards), got {shards!r}')
-  return positive_int('shards', shards[0]), positive_int('shards', shards[1])
 
 
 def block_size(density: float, shape: tuple[int, ...], shards: Shards) -> int:
@@ -82,7 +75,7 @@ def largest(scores: jax.Array, density: float, shards: Shards = (1, 1)) -> jax.A
   """
   size = block_size(density, scores.shape, shards)
   index = jax.lax.top_k(_blocks(scores, shards), size)[1]
-  return jnp.sort(index, axis=1).reshape(-1)
+  return jnp.sort(index, axis=-1).reshape(-1)
 
 
 def scatter(
@@ -94,9 +87,9 @@ def scatter(
   [[5. 0.]
    [0. 7.]]
   """
-  blocks, number = _blocks(W, shards), math.prod(shards)
-  add = jax.vmap(lambda w, v, i: w.at[i].add(v, **KNOWN))
-  new = add(blocks, values.reshape(number, -1), index.reshape(number, -1))
+  add = jax.vmap(jax.vmap(lambda w, v, i: w.at[i].add(v, **KNOWN)))
+  deal = lambda x: x.reshape(*shards, -1)
+  new = add(_blocks(W, shards), deal(values), deal(index))
   (p, q), (m, n) = shards, W.shape
   return new.reshape(p, q, m // p, n // q).swapaxes(1, 2).reshape(m, n)
 
@@ -107,11 +100,12 @@ def gather(W: jax.Array, index: jax.Array, shards: Shards = (1, 1)) -> jax.Array
   >>> print(gather(jnp.array([[5.0, 6.0], [7.0, 8.0]]), jnp.array([0, 3])))
   [5. 8.]
   """
-  take = jax.vmap(lambda w, i: w.at[i].get(**KNOWN))
-  return take(_blocks(W, shards), index.reshape(math.prod(shards), -1)).reshape(-1)
+  take = jax.vmap(jax.vmap(lambda w, i: w.at[i].get(**KNOWN)))
+  return take(_blocks(W, shards), index.reshape(*shards, -1)).reshape(-1)
 
 
 def _blocks(W: jax.Array, shards: Shards) -> jax.Array:
-  """(in, out) as (blocks, entries of a block)."""
+  """(in, out) as (p, q, entries of a block)."""
+  # Not (p q, entries): a mesh may split both axes, and each of them in larger parts.
   (p, q), (m, n) = shards, W.shape
-  return W.reshape(p, m // p, q, n // q).swapaxes(1, 2).reshape(p * q, -1)
+  return W.reshape(p, m // p, q, n // q).swapaxes(1, 2).reshape(p, q, -1)
