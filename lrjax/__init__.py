@@ -78,6 +78,7 @@ from lrjax.orthogonalize import cholesky_qr, newton_schulz, polar
 # Parameterizations: how a kernel is stored and applied.
 from lrjax.parameterizations.dense import dense
 from lrjax.parameterizations.factorized import factorized
+from lrjax.parameterizations.monarch import monarch
 
 # The remaining parts of the loop.
 from lrjax.refreshes import every, lazy
@@ -172,6 +173,7 @@ __all__ = [
   'lazy',
   'ldadam',
   'low_rank',
+  'monarch',
   'newton_schulz',
   'on_matrices',
   'online_subspace_descent',

@@ -8,6 +8,8 @@ from lrjax.testing.parameterizations import CHECKS, Case
 CASES = {
   'dense': Case(lrjax.dense(), lrjax.dense()),
   'factorized': Case(lrjax.factorized(4, restart_every=3), lrjax.factorized(12)),
+  'monarch': Case(lrjax.monarch(4), lrjax.monarch(1)),
+  'monarch_uneven': Case(lrjax.monarch(5, 3), lrjax.monarch(1)),
 }
 
 
