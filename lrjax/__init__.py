@@ -77,6 +77,7 @@ from lrjax.orthogonalize import cholesky_qr, newton_schulz, polar
 
 # Parameterizations: how a kernel is stored and applied.
 from lrjax.parameterizations.dense import dense
+from lrjax.parameterizations.dsformer import dsformer, finalize_dsformer
 from lrjax.parameterizations.factorized import factorized
 from lrjax.parameterizations.monarch import monarch
 
@@ -145,6 +146,7 @@ __all__ = [
   'dion',
   'dion2',
   'drop',
+  'dsformer',
   'due_events',
   'dynamic8',
   'eigh',
@@ -155,6 +157,7 @@ __all__ = [
   'export',
   'factored_rms',
   'factorized',
+  'finalize_dsformer',
   'fira',
   'flora',
   'frugal',
