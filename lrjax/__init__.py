@@ -77,7 +77,7 @@ from lrjax.orthogonalize import cholesky_qr, newton_schulz, polar
 
 # Parameterizations: how a kernel is stored and applied.
 from lrjax.parameterizations.dense import dense
-from lrjax.parameterizations.dsformer import dsformer, finalize_dsformer
+from lrjax.parameterizations.dsformer import dsformer, strip_latent
 from lrjax.parameterizations.factorized import factorized
 from lrjax.parameterizations.monarch import monarch
 
@@ -157,7 +157,6 @@ __all__ = [
   'export',
   'factored_rms',
   'factorized',
-  'finalize_dsformer',
   'fira',
   'flora',
   'frugal',
@@ -216,6 +215,7 @@ __all__ = [
   'state_specs',
   'step_events',
   'stored_as',
+  'strip_latent',
   'subspace_iteration',
   'subtrack',
   'svd',

@@ -189,16 +189,15 @@ def test_blocks_of_rows_are_blocks_of_columns_of_the_transpose():
   np.testing.assert_allclose(np.hstack(blocks), got.T, atol=1e-6)
 
 
-def test_finalize_keeps_the_function():
+def test_stripping_the_latent_keeps_the_function():
   p, q = (lrjax.dsformer(4, 2, 6, mode, rounds=1) for mode in ('stf', 'factor'))
   split, _ = _imported(p, _normal(12, 16))
-  small, x = lrjax.finalize_dsformer(split), _normal(3, 12)
+  small, x = lrjax.strip_latent(split), _normal(3, 12)
   np.testing.assert_array_equal(q.apply(small, x), p.apply(split, x))
   assert {*small.train, *small.fixed} == {*q.axes}
   stack = jax.tree.map(lambda *a: jnp.stack(a), split, split)
-  assert lrjax.finalize_dsformer(stack).train['basis'].shape == (2, 4, 16)
-  with pytest.raises(TypeError, match='stf'):
-    lrjax.finalize_dsformer(small)
+  assert lrjax.strip_latent(stack).train['basis'].shape == (2, 4, 16)
+  assert lrjax.strip_latent(small) is small
 
 
 @pytest.mark.parametrize('mode', ['stf', 'factor'])

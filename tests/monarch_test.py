@@ -32,7 +32,7 @@ def _imported(p, W):
 
 
 def _blocks(split, k, l):
-  arrays = (np.asarray(split.train[n], np.float64) for n in 'ab')
+  arrays = (np.asarray(split.train[n], np.float64) for n in ('w1', 'w2'))
   return oracle.blocks(*arrays, k, l)
 
 
@@ -43,8 +43,8 @@ def test_equals_the_official_layer(name):
   p = lrjax.monarch(nblocks)
   a, b = oracle.stored(r['w1'], r['w2'], (n, m))
   drawn = jax.eval_shape(lambda: p.init(jax.random.key(0), (n, m), jnp.float32)).train
-  assert (drawn['a'].shape, drawn['b'].shape) == (a.shape, b.shape)
-  train = {'a': jnp.float32(a), 'b': jnp.float32(b)}
+  assert (drawn['w1'].shape, drawn['w2'].shape) == (a.shape, b.shape)
+  train = {'w1': jnp.float32(a), 'w2': jnp.float32(b)}
 
   @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
   def loss(train, x):
@@ -53,7 +53,7 @@ def test_equals_the_official_layer(name):
 
   (_, y), (grads, dx) = jax.jit(loss)(train, jnp.float32(r['x']))
   da, db = oracle.stored(r['dw1'], r['dw2'], (n, m))
-  for got, want in ((y, r['y']), (grads['a'], da), (grads['b'], db), (dx, r['dx'])):
+  for got, want in ((y, r['y']), (grads['w1'], da), (grads['w2'], db), (dx, r['dx'])):
     np.testing.assert_allclose(got, want, atol=2e-6)
 
 
@@ -111,7 +111,7 @@ def test_no_refit_of_one_factor_to_another_lowers_the_error():
 def test_one_block_is_low_rank():
   p = lrjax.monarch(1)
   split = p.init(jax.random.key(0), (12, 16), jnp.float32)
-  x, (a, b) = _normal(3, 12), (split.train['a'], split.train['b'])
+  x, (a, b) = _normal(3, 12), (split.train['w1'], split.train['w2'])
   assert a.shape == (12, 12)
   np.testing.assert_allclose(p.apply(split, jnp.float32(x)), x @ a @ b, atol=2e-6)
 
@@ -162,7 +162,7 @@ def test_the_permutation_is_no_gather():
 def test_no_cast_to_float16():
   # 1 + 2^-12 is no float16; under autocast the official product is one of halves.
   p = lrjax.monarch(4)
-  split = Split({'a': jnp.ones((4, 1)), 'b': jnp.ones((1, 4))})
+  split = Split({'w1': jnp.ones((4, 1)), 'w2': jnp.ones((1, 4))})
   x = jnp.full(4, 1 + 2.0**-12)
   y = p.apply(split, x)
   assert y.dtype == jnp.float32 and (y == x).all()

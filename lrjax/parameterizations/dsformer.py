@@ -8,7 +8,6 @@ cut into blocks, how the factorizer works and how often it runs are choices of o
 """
 
 import functools
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -53,7 +52,7 @@ def dsformer(
   squares. The error cannot grow. At the start D has the leading right singular vectors of
   the block (rows of it beyond these), and `rounds` rounds use matching pursuit.
 
-  With s = m and one block it is low rank; `finalize_dsformer` turns `stf` into `factor`.
+  With s = m and one block it is low rank; `lrjax.strip_latent` turns `stf` into `factor`.
 
   Memory of `factor`: in s out / w + m out weights, as many of each moment, and in s out / w
   indices. Of `stf`: a dense kernel and its moments, and all that besides, so MORE than
@@ -114,7 +113,7 @@ def dsformer(
     code = jax.vmap(fit)(jax.random.split(key, len(K)), K)
     split = Split(W, _stored(code, W.shape, blocks))
     error = factors.relative_error(W, kernel(split.fixed, HIGHEST))
-    return (split if straight else finalize_dsformer(split)), error
+    return (split if straight else strip_latent(split)), error
 
   def refactorize(key: jax.Array, split: Split, k: jax.Array) -> tuple[Split, dict]:
     old = split.fixed
@@ -151,30 +150,23 @@ def dsformer(
   )
 
 
-def finalize_dsformer(split: Split) -> Split:
+def strip_latent(split: Split) -> Split:
   """Drops the latent kernel of `stf`: the same function, in mode `factor`.
 
   Args:
-    split: of mode `stf`, of one kernel or a stack of them.
+    split: of one kernel or of a stack; others come back as they are.
 
   Returns:
     The Split of `dsformer` with equal arguments and mode `factor`.
 
-  Raises:
-    TypeError: for a Split of another kind.
-
-  Examples:
-    >>> import jax, jax.numpy as jnp
-    >>> p = dsformer(atoms=4, nnz=2, width=8)
-    >>> split = finalize_dsformer(p.init(jax.random.key(0), (12, 16), jnp.float32))
-    >>> sorted(split.train), sorted(split.fixed)
-    (['basis', 'values'], ['index'])
+  >>> import jax, jax.numpy as jnp
+  >>> p = dsformer(atoms=4, nnz=2, width=8)
+  >>> split = strip_latent(p.init(jax.random.key(0), (12, 16), jnp.float32))
+  >>> sorted(split.train), sorted(split.fixed)
+  (['basis', 'values'], ['index'])
   """
-  if not hasattr(split.train, 'dtype') or 'basis' not in split.fixed:
-    raise TypeError(
-      f'a Split of dsformer in mode `stf` is needed, got train {_names(split.train)} and'
-      f' fixed {_names(split.fixed)}'
-    )
+  if not {'index', 'values', 'basis'} <= split.fixed.keys():
+    return split
   floats = {k: split.fixed[k].astype(split.train.dtype) for k in ('values', 'basis')}
   return Split(floats, {'index': split.fixed['index']})
 
@@ -225,10 +217,6 @@ def _check(atoms, width, blocks, shape):
         f'{name} must be at most {most} for a kernel of shape {tuple(shape)} in blocks of'
         f' `{blocks}`, got {given}'
       )
-
-
-def _names(arrays):
-  return sorted(arrays) if isinstance(arrays, Mapping) else 'an array'
 
 
 _CODERS = {'one_shot': sparse_coding.one_shot, 'omp': sparse_coding.omp}

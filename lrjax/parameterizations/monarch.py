@@ -38,18 +38,20 @@ def monarch(
   general up to one of lcm(k, l). Sides that k or l does not divide act as if zeros were
   added to x and the surplus were cut from y.
 
-  Stored are `a` (in, q), the blocks of A one below the other, and `b` (r, out), whose
+  Stored are `w1` (in, q), the blocks of A one below the other, and `w2` (r, out), whose
   columns :math:`\lambda, \lambda + l, \ldots` are block :math:`\lambda`: the shapes of
   low-rank factors of rank q, wired so that W can have full rank. What multiplies added
-  zeros is not stored.
+  zeros is not stored. Optimizers see these two matrices, not the single blocks.
 
   Each part of W between an input and an output block is a matrix (p, ceil(out / l)) of
-  rank q / l, so `from_dense` is a truncated SVD of each, the best approximation there is.
+  rank q / l, rounded down or up, so `from_dense` is a truncated SVD of each, the best
+  approximation there is.
   Reverse sparsification, to end a training densely, is `lrjax.export`.
 
   Start:
 
-  - `kaiming`: uniform on :math:`\pm` p^-1/2 and :math:`\pm` r^-1/2;
+  - `kaiming`: uniform on :math:`\pm` p^-1/2 and :math:`\pm` r^-1/2, so that entries of W
+    have the deviation in^-1/2 / 3, as in the official code;
   - `ortho`: blocks with orthonormal rows or columns;
   - `project`: the best approximation of :math:`W_0 \sim N(0, 0.02^2)`.
 
@@ -64,7 +66,7 @@ def monarch(
   Args:
     nblocks: k, how many parts the input is cut into; 1 is low rank with q = min(in, out).
     nblocks_out: l, the same for the output; None: k.
-    init: how a and b are drawn.
+    init: how the blocks are drawn.
 
   Returns:
     A Parameterization.
@@ -76,7 +78,7 @@ def monarch(
     >>> import jax, jax.numpy as jnp
     >>> split = monarch(4).init(jax.random.key(0), (16, 24), jnp.float32)
     >>> jax.tree.map(jnp.shape, split.train)
-    {'a': (16, 4), 'b': (4, 24)}
+    {'w1': (16, 4), 'w2': (4, 24)}
     >>> int(jnp.linalg.matrix_rank(monarch(4).materialize(split)))
     16
   """
@@ -87,25 +89,26 @@ def monarch(
   def start(key: jax.Array, shape: tuple, dtype: jax.typing.DTypeLike) -> Split:
     _check(k, l, shape)
     a, b = draw(key, shape, k, l)
-    return Split({'a': a.astype(dtype), 'b': b.astype(dtype)})
+    return Split({'w1': a.astype(dtype), 'w2': b.astype(dtype)})
 
   def from_dense(key: jax.Array, W: jax.Array) -> tuple[Split, jax.Array]:
     _check(k, l, W.shape)
     a, b = project(W, k, l)
-    split = Split({'a': a.astype(W.dtype), 'b': b.astype(W.dtype)})
+    split = Split({'w1': a.astype(W.dtype), 'w2': b.astype(W.dtype)})
     return split, factors.relative_error(W, _dense(a, b, k, l))
 
   return Parameterization(
     init=start,
     from_dense=from_dense,
-    apply=lambda s, x: _multiply(x, s.train['a'], s.train['b'], k, l),
-    materialize=lambda s: _dense(s.train['a'], s.train['b'], k, l),
-    axes={'a': ('in', None), 'b': (None, 'out')},
+    apply=lambda s, x: _multiply(x, s.train['w1'], s.train['w2'], k, l),
+    materialize=lambda s: _dense(s.train['w1'], s.train['w2'], k, l),
+    # Not `a` and `b`: penalties on low-rank factors would think that W = ab.
+    axes={'w1': ('in', None), 'w2': (None, 'out')},
   )
 
 
 def project(W: jax.Array, k: int, l: int) -> tuple[jax.Array, jax.Array]:
-  """The `a` (in, q) and `b` (r, out) nearest to W (in, out) in the Frobenius norm."""
+  """The w1 (in, q) and w2 (r, out) nearest to W (in, out) in the Frobenius norm."""
   p, q, r, s = _sizes(W.shape, k, l)
   parts = _pad(W.astype(jnp.float32), k * p, s * l).reshape(k, p, s, l)
   U, S, Vt = jnp.linalg.svd(parts.transpose(0, 3, 1, 2), full_matrices=False)
@@ -137,8 +140,8 @@ def _multiply(x, a, b, k, l, precision=None):
 
 def _dense(a, b, k, l):
   """W (in, out) at full float32 precision, in the dtype of a."""
-  a32, b32 = a.astype(jnp.float32), b.astype(jnp.float32)
-  return _multiply(jnp.eye(len(a)), a32, b32, k, l, HIGHEST).astype(a.dtype)
+  w1, w2 = a.astype(jnp.float32), b.astype(jnp.float32)
+  return _multiply(jnp.eye(len(a)), w1, w2, k, l, HIGHEST).astype(a.dtype)
 
 
 def _sizes(shape, k, l):
