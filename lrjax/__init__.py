@@ -78,9 +78,11 @@ from lrjax.orthogonalize import cholesky_qr, newton_schulz, polar
 # Parameterizations: how a kernel is stored and applied.
 from lrjax.parameterizations.cola import cola
 from lrjax.parameterizations.dense import dense
+from lrjax.parameterizations.dsformer import dsformer, strip_latent
 from lrjax.parameterizations.factorized import factorized
 from lrjax.parameterizations.householder import householder, householder_orthogonal
 from lrjax.parameterizations.lost import lost
+from lrjax.parameterizations.monarch import monarch
 from lrjax.parameterizations.relora import relora
 from lrjax.parameterizations.sltrain import sltrain
 from lrjax.parameterizations.sst import sst
@@ -158,6 +160,7 @@ __all__ = [
   'dion',
   'dion2',
   'drop',
+  'dsformer',
   'due_events',
   'dynamic8',
   'eigh',
@@ -192,6 +195,7 @@ __all__ = [
   'ldadam',
   'lost',
   'low_rank',
+  'monarch',
   'newton_schulz',
   'on_matrices',
   'online_subspace_descent',
@@ -235,6 +239,7 @@ __all__ = [
   'state_specs',
   'step_events',
   'stored_as',
+  'strip_latent',
   'subspace_iteration',
   'subtrack',
   'svd',

@@ -27,6 +27,15 @@ CASES = {
   'sltrain_silu': Case(lrjax.sltrain(4, 0.2, None, 'silu')),
   'householder': Case(lrjax.householder(4), lrjax.householder(12, train_sigma=True)),
   'sst': Case(lrjax.sst(4, 3, 1), lrjax.sst(4), true_gradient=False),
+  'dsformer': Case(
+    lrjax.dsformer(4, 2, 6, rounds=2), lrjax.dsformer(4, 4, 4, rounds=2), False
+  ),
+  'dsformer_factor': Case(
+    lrjax.dsformer(4, 2, 6, 'factor', 'in', rounds=2),
+    lrjax.dsformer(4, 4, 4, 'factor', rounds=2),
+  ),
+  'monarch': Case(lrjax.monarch(4), lrjax.monarch(1)),
+  'monarch_uneven': Case(lrjax.monarch(5, 3), lrjax.monarch(1)),
 }
 
 
