@@ -78,6 +78,7 @@ from lrjax.orthogonalize import cholesky_qr, newton_schulz, polar
 # Parameterizations: how a kernel is stored and applied.
 from lrjax.parameterizations.dense import dense
 from lrjax.parameterizations.factorized import factorized
+from lrjax.parameterizations.snnk import bundle, snnk, solve_last_layer
 
 # The remaining parts of the loop.
 from lrjax.refreshes import every, lazy
@@ -132,6 +133,7 @@ __all__ = [
   'apollo',
   'apollo_mini',
   'bias_corrected',
+  'bundle',
   'cast',
   'cholesky_qr',
   'columns',
@@ -207,6 +209,8 @@ __all__ = [
   'scale_by_subtrack',
   'scale_by_trion',
   'scale_full',
+  'snnk',
+  'solve_last_layer',
   'state_free',
   'state_specs',
   'step_events',
