@@ -8,6 +8,8 @@ from lrjax.testing.parameterizations import CHECKS, Case
 CASES = {
   'dense': Case(lrjax.dense(), lrjax.dense()),
   'factorized': Case(lrjax.factorized(4, restart_every=3), lrjax.factorized(12)),
+  'snnk': Case(lrjax.snnk(16)),
+  'snnk_bundled': Case(lrjax.snnk((16, 8), 'sin', normalize=1.0)),
 }
 
 

@@ -16,9 +16,7 @@ META, RECORDED = read('snnk')
 @pytest.mark.parametrize('name', META['relu'])
 def test_relu_equals_the_official_code(name):
   args = META['relu'][name]
-  o = rf.Features(
-    'relu', args.get('normalization_constant'), args.get('constant', 0.0)
-  )
+  o = rf.Features('relu', args.get('normalization_constant'), args.get('constant', 0.0))
   G, x = RECORDED[f'{name}/proj'], jnp.asarray(RECORDED['x'])
   readout = rf.of_weights(o, jnp.asarray(RECORDED['W']), jnp.asarray(G))
   kernel = lrjax.snnk(20, normalize=o.normalize, threshold=o.threshold)

@@ -136,6 +136,9 @@ def _stretched(o, p, length2, factor):
   """G z and |z|^2 for z = x times `factor`, or x at the length `normalize`."""
   p = p.astype(jnp.float32)
   if o.normalize is not None:
-    p = p * (o.normalize * jax.lax.rsqrt(jnp.maximum(length2, 1e-24)))
+    # A vector of zeros has no direction, and its gradient must not be infinite.
+    some = length2 > 1e-24
+    inverse = jax.lax.rsqrt(jnp.where(some, length2, 1))
+    p = jnp.where(some, o.normalize * inverse, 0) * p
     return p, jnp.full_like(length2, o.normalize**2)
   return factor * p, None if length2 is None else factor**2 * length2

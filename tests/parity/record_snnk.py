@@ -51,7 +51,9 @@ def main() -> None:
   )
   normal, torch.normal = torch.normal, lambda mean, std, size: torch.randn(size)
   for name, factor in WAVES.items():
-    wave = lambda xi, b, c=factor: _coefficient(xi, c) * torch.exp(2j * math.pi * xi * b)
+    wave = lambda xi, b, c=factor: (
+      _coefficient(xi, c) * torch.exp(2j * math.pi * xi * b)
+    )
     layer = NNK_Asym_Kernel(
       W,
       A_fun=wave,
