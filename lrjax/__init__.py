@@ -83,6 +83,18 @@ from lrjax.parameterizations.snnk import bundle, snnk, solve_last_layer
 # The remaining parts of the loop.
 from lrjax.refreshes import every, lazy
 from lrjax.residuals import drop, error_feedback, scale_full, state_free
+
+# State spaces.
+from lrjax.s4d import (
+  s4d_convolve,
+  s4d_init,
+  s4d_kernel,
+  s4d_labels,
+  s4d_scan,
+  s4d_step,
+)
+
+# More parts of the loop.
 from lrjax.sampling import sampled_layers
 from lrjax.sharding import state_specs
 from lrjax.transports import (
@@ -190,6 +202,12 @@ __all__ = [
   'rotate_first',
   'rotate_square',
   'run_events',
+  's4d_convolve',
+  's4d_init',
+  's4d_kernel',
+  's4d_labels',
+  's4d_scan',
+  's4d_step',
   'sampled_layers',
   'scale_by_apollo',
   'scale_by_apollo_mini',

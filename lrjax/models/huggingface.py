@@ -55,6 +55,8 @@ def hf_name(path: str) -> str:
 
 def to_hf(config: LlamaConfig) -> dict[str, Any]:
   """The content of config.json, as transformers 4 and 5 read it."""
+  if config.mixer != 'attention':
+    raise ValueError(f'transformers has no Llama whose mixer is {config.mixer!r}')
   rope = {'rope_type': 'default', 'rope_theta': config.rope_theta}
   return {
     'architectures': ['LlamaForCausalLM'],

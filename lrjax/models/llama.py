@@ -18,6 +18,7 @@ from lrjax.models.attention import causal_attention, rotary, rotate
 from lrjax.models.llama_config import LlamaConfig
 from lrjax.models.llama_params import shard_batch
 from lrjax.modules.nnx import Dense
+from lrjax.modules.s4d import S4D
 from lrjax.parameterizations.dense import dense
 from lrjax.types import Parameterization
 
@@ -122,7 +123,8 @@ class Layer(nnx.Module):
 
   def __init__(self, config, kernel, rngs):
     self.attn_norm = RMSNorm(config)
-    self.attn = Attention(config, kernel, rngs)
+    mixer = S4DMixer if config.mixer == 's4d' else Attention
+    self.attn = mixer(config, kernel, rngs)
     self.mlp_norm = RMSNorm(config)
     self.mlp = MLP(config, kernel, rngs)
 
@@ -147,6 +149,17 @@ class Attention(nnx.Module):
     q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
     q, k = rotate(q, rotation), rotate(k, rotation)
     return self.o(causal_attention(q, k, v).reshape(*x.shape[:2], -1))
+
+
+class S4DMixer(S4D):
+  """State spaces in the place of attention; they need no positions."""
+
+  def __init__(self, config, kernel, rngs):
+    dtypes = dict(dtype=config.dtype, param_dtype=config.param_dtype)
+    super().__init__(config.hidden_size, kernel=kernel, rngs=rngs, **dtypes)
+
+  def __call__(self, x, rotation):
+    return super().__call__(x)
 
 
 class MLP(nnx.Module):

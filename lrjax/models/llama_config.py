@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import typing
 
 _DTYPES = ('float32', 'bfloat16', 'float16')
 
@@ -23,6 +24,8 @@ class LlamaConfig:
     tie_embeddings: use the embedding as the output head.
     scan_layers: stack the layers' arrays on a leading axis and loop by `lax.scan`.
     remat: recompute each layer in the backward pass instead of keeping activations.
+    mixer: what mixes positions, attention or an S4D block, whose arrays are then at
+      `attn/ssm` and `attn/glu`.
     dtype: what the layers compute in; norms, softmax and logits are float32 always.
     param_dtype: what the parameters are stored in.
 
@@ -50,6 +53,7 @@ class LlamaConfig:
   tie_embeddings: bool = False
   scan_layers: bool = True
   remat: bool = False
+  mixer: typing.Literal['attention', 's4d'] = 'attention'
   dtype: str = 'float32'
   param_dtype: str = 'float32'
 
@@ -87,6 +91,10 @@ def _check(name, kind, value):
   """Raises unless `value` is a `kind` in range."""
   if name == 'num_kv_heads':
     kind, value = int, 1 if value is None else value
+  if choices := typing.get_args(kind):
+    if value not in choices:
+      raise ValueError(f'{name} must be one of {", ".join(choices)}, got {value!r}')
+    return
   accepted = (int, float) if kind is float else kind
   if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
     got = f'{value!r} ({type(value).__name__})'

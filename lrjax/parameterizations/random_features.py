@@ -11,7 +11,7 @@ enough for all frequencies of a real wave, as that of -xi is its conjugate.
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -132,7 +132,9 @@ def times(phi: Scaled, matrix: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Ar
   return (y.astype(jnp.float32) * jnp.exp(phi.log)).astype(dtype)
 
 
-def _stretched(o, p, length2, factor):
+def _stretched(
+  o: Features, p: jax.Array, length2: Any, factor: float
+) -> tuple[jax.Array, Any]:
   """G z and |z|^2 for z = x times `factor`, or x at the length `normalize`."""
   p = p.astype(jnp.float32)
   if o.normalize is not None:
