@@ -85,6 +85,7 @@ from lrjax.parameterizations.lost import lost
 from lrjax.parameterizations.monarch import monarch
 from lrjax.parameterizations.relora import relora
 from lrjax.parameterizations.sltrain import sltrain
+from lrjax.parameterizations.snnk import bundle, snnk, solve_last_layer
 from lrjax.parameterizations.sst import sst
 from lrjax.parameterizations.switchlora import switchlora
 from lrjax.penalties import add_penalty, frobenius, frobenius_decay
@@ -92,6 +93,11 @@ from lrjax.penalties import add_penalty, frobenius, frobenius_decay
 # The remaining parts of the loop.
 from lrjax.refreshes import every, lazy
 from lrjax.residuals import drop, error_feedback, scale_full, state_free
+
+# State spaces.
+from lrjax.s4d import s4d_convolve, s4d_init, s4d_kernel, s4d_labels, s4d_scan, s4d_step
+
+# More parts of the loop.
 from lrjax.sampling import sampled_layers
 from lrjax.schedules import with_restarts
 from lrjax.sharding import state_specs
@@ -147,6 +153,7 @@ __all__ = [
   'apollo',
   'apollo_mini',
   'bias_corrected',
+  'bundle',
   'cast',
   'cholesky_qr',
   'cola',
@@ -213,6 +220,12 @@ __all__ = [
   'rotate_first',
   'rotate_square',
   'run_events',
+  's4d_convolve',
+  's4d_init',
+  's4d_kernel',
+  's4d_labels',
+  's4d_scan',
+  's4d_step',
   'sampled_layers',
   'scale_by_apollo',
   'scale_by_apollo_mini',
@@ -234,6 +247,8 @@ __all__ = [
   'scale_by_vector_adam',
   'scale_full',
   'sltrain',
+  'snnk',
+  'solve_last_layer',
   'sst',
   'state_free',
   'state_specs',

@@ -24,6 +24,9 @@ _PLAIN = re.compile(
 
 # Arrays of parameterized kernels that are vectors, whatever stack they come in.
 VECTORS = frozenset({'values', 'sigma', 'beta', 'theta'})
+# Arrays of diagonal state spaces: one vector for each feature.
+VECTORS |= {'log_dt', 'log_a_real', 'a_imag', 'b_real', 'b_imag', 'c_real', 'c_imag'}
+VECTORS |= {'skip'}
 
 Rules = Sequence[tuple[str, Any]]
 Where = str | Callable[[str, Any], bool]
@@ -79,7 +82,7 @@ def hidden_kernels(path: str, leaf: Any) -> bool:
 
   A leaf is refused if a part of its path holds `embed` or `norm` or is `wte`, `wpe`,
   `lm_head`, `head`, `logits`, `ln`, `bias` or `scale`, and if its last part names a
-  vector of a parameterized kernel: `values`, `sigma`, `beta` or `theta`.
+  vector of a parameterized kernel (`values`, `sigma`, `beta` or `theta`) or of S4D.
 
   Args:
     path: the leaf's path, parts joined by '/'.

@@ -36,6 +36,8 @@ CASES = {
   ),
   'monarch': Case(lrjax.monarch(4), lrjax.monarch(1)),
   'monarch_uneven': Case(lrjax.monarch(5, 3), lrjax.monarch(1)),
+  'snnk': Case(lrjax.snnk(16)),
+  'snnk_bundled': Case(lrjax.snnk((16, 8), 'sin', normalize=1.0)),
 }
 
 

@@ -59,7 +59,8 @@ def to_hf(config: LlamaConfig) -> dict[str, Any]:
   Raises:
     ValueError: for a config that is no LLaMA in the strict sense.
   """
-  for name, value in {'gate_act': 'silu', 'cross_layer': False}.items():
+  strict = {'gate_act': 'silu', 'cross_layer': False, 'mixer': 'attention'}
+  for name, value in strict.items():
     if getattr(config, name) != value:
       raise ValueError(
         f'transformers has no such Llama: {name} must be {value!r}, got '

@@ -20,6 +20,7 @@ from lrjax.models.llama_config import LlamaConfig
 from lrjax.models.llama_params import shard_batch
 from lrjax.models.remat import rematerialize, residual
 from lrjax.modules.nnx import Dense
+from lrjax.modules.s4d import S4D
 from lrjax.parameterizations.dense import dense
 from lrjax.types import Parameterization
 
@@ -137,7 +138,8 @@ class Layer(nnx.Module):
 
   def __init__(self, config, kernel, rngs):
     self.attn_norm = RMSNorm(config)
-    self.attn = Attention(config, kernel, rngs)
+    mixer = S4DMixer if config.mixer == 's4d' else Attention
+    self.attn = mixer(config, kernel, rngs)
     self.mlp_norm = RMSNorm(config)
     self.mlp = MLP(config, kernel, rngs)
 
@@ -164,6 +166,17 @@ class Attention(nnx.Module):
     q, k, v = (heads(linear(role, kernel, x)) for role, kernel in kernels)
     q, k = rotate(q, rotation), rotate(k, rotation)
     return linear('o', self.o, causal_attention(q, k, v).reshape(*x.shape[:2], -1))
+
+
+class S4DMixer(S4D):
+  """State spaces in the place of attention; they need no positions."""
+
+  def __init__(self, config, kernel, rngs):
+    dtypes = dict(dtype=config.dtype, param_dtype=config.param_dtype)
+    super().__init__(config.hidden_size, kernel=kernel, rngs=rngs, **dtypes)
+
+  def __call__(self, x, rotation):
+    return super().__call__(x)
 
 
 class MLP(nnx.Module):

@@ -33,6 +33,8 @@ class LlamaConfig:
       kernels that have a nonlinearity themselves (CoLA from 350M on).
     cross_layer: add to each linear output its value in the layer below, times a trained
       scalar, the first layer being dense (CR-Net); see `lrjax.models.crnet`.
+    mixer: what mixes positions, attention or an S4D block, whose arrays are then at
+      `attn/ssm` and `attn/glu`.
     dtype: what the layers compute in; norms, softmax and logits are float32 always.
     param_dtype: what the parameters are stored in.
 
@@ -62,6 +64,7 @@ class LlamaConfig:
   remat: Remat = False
   gate_act: Literal['silu', 'none'] = 'silu'
   cross_layer: bool = False
+  mixer: Literal['attention', 's4d'] = 'attention'
   dtype: Dtype = 'float32'
   param_dtype: Dtype = 'float32'
 
@@ -82,6 +85,10 @@ class LlamaConfig:
       raise ValueError(
         'cross_layer needs scan_layers and at least two layers, got scan_layers '
         f'{self.scan_layers}, num_layers {self.num_layers}'
+      )
+    if self.cross_layer and self.mixer != 'attention':
+      raise ValueError(
+        f'cross_layer is for mixer attention, whose outputs it carries, got {self.mixer}'
       )
     if self.num_heads % self.kv_heads:
       raise ValueError(

@@ -8,19 +8,21 @@ from jax.sharding import AxisType, PartitionSpec
 
 from lrjax.parameterizations.dense import dense
 from lrjax.types import Parameterization, PyTree
+from lrjax.views import VECTORS
 
 _DENSE = dense()
 
 # Mesh axes of a kernel's (in, out): what a layer splits by `tensor` the next one sums.
 _KERNELS = dict.fromkeys(('q', 'k', 'v', 'gate', 'up'), ('fsdp', 'tensor'))
-_KERNELS |= dict.fromkeys(('o', 'down'), ('tensor', 'fsdp'))
+_KERNELS |= dict.fromkeys(('o', 'down', 'glu'), ('tensor', 'fsdp'))
 
 
 def param_specs(params: PyTree, kernel: Parameterization = _DENSE) -> PyTree:
   """Where each parameter of a Llama lives on a mesh with axes `fsdp` and `tensor`.
 
   The embedding is (vocabulary: tensor, hidden: fsdp); the head and q, k, v, gate, up
-  are (in: fsdp, out: tensor); o and down are (in: tensor, out: fsdp). Norms are whole,
+  are (in: fsdp, out: tensor); o, down and the glu of S4D are (in: tensor, out: fsdp).
+  State spaces are split by feature: tensor. Norms are whole,
   and so is the leading axis of stacked layers. The arrays of a parameterization follow
   its `axes`.
 
@@ -61,6 +63,10 @@ def _mesh_axes(name, kernel_axes):
       return 'fsdp', 'tensor'
     case ['attn_norm' | 'mlp_norm' | 'norm', 'scale'] | ['cross', _]:
       return ()
+    case ['attn', 'ssm', 'log_dt' | 'skip']:
+      return ('tensor',)
+    case ['attn', 'ssm', array] if array in VECTORS:
+      return 'tensor', None
     case ['attn' | 'mlp', role, 'kernel' | 'fixed', *leaf] if role in _KERNELS:
       place = dict(zip(('in', 'out'), _KERNELS[role]))
       axes = kernel_axes.get('/'.join(leaf))
