@@ -1,7 +1,7 @@
 """Low-rank training in JAX: one flat public list, grouped by family."""
 
-# Weights in 8 bits.
-from lrjax import int8_weights
+# Weights in 8 bits; dense weights that are truncated to a low rank.
+from lrjax import int8_weights, rank_truncation
 
 # Sums over micro-batches.
 from lrjax.accumulation import accumulate_sketches
@@ -78,11 +78,23 @@ from lrjax.orthogonalize import cholesky_qr, newton_schulz, polar
 # Parameterizations: how a kernel is stored and applied.
 from lrjax.parameterizations.dense import dense
 from lrjax.parameterizations.factorized import factorized
+from lrjax.parameterizations.maestro import (
+  compact,
+  full_width,
+  hierarchical_group_lasso,
+  maestro,
+  sample_widths,
+)
+from lrjax.parameterizations.self_guided import self_guided, strip_guide
 from lrjax.penalties import add_penalty, frobenius, frobenius_decay
+from lrjax.rank_truncation import trp
 
 # The remaining parts of the loop.
 from lrjax.refreshes import every, lazy
 from lrjax.residuals import drop, error_feedback, scale_full, state_free
+
+# Kernels of other shapes.
+from lrjax.resizing import resize
 from lrjax.sampling import sampled_layers
 from lrjax.schedules import with_restarts
 from lrjax.sharding import state_specs
@@ -138,6 +150,7 @@ __all__ = [
   'cast',
   'cholesky_qr',
   'columns',
+  'compact',
   'convert',
   'coverage',
   'dct',
@@ -162,6 +175,7 @@ __all__ = [
   'frobenius',
   'frobenius_decay',
   'frugal',
+  'full_width',
   'galore',
   'galore_8bit',
   'gaussian',
@@ -170,6 +184,7 @@ __all__ = [
   'health',
   'heaviest',
   'hidden_kernels',
+  'hierarchical_group_lasso',
   'int8',
   'int8_weights',
   'keep',
@@ -177,6 +192,7 @@ __all__ = [
   'lazy',
   'ldadam',
   'low_rank',
+  'maestro',
   'newton_schulz',
   'on_matrices',
   'online_subspace_descent',
@@ -188,11 +204,14 @@ __all__ = [
   'q_galore',
   'random_orthogonal',
   'randomized_svd',
+  'rank_truncation',
   'reset',
+  'resize',
   'rotate_abs',
   'rotate_first',
   'rotate_square',
   'run_events',
+  'sample_widths',
   'sampled_layers',
   'scale_by_apollo',
   'scale_by_apollo_mini',
@@ -212,15 +231,18 @@ __all__ = [
   'scale_by_subtrack',
   'scale_by_trion',
   'scale_full',
+  'self_guided',
   'state_free',
   'state_specs',
   'step_events',
   'stored_as',
+  'strip_guide',
   'subspace_iteration',
   'subtrack',
   'svd',
   'switched',
   'trion',
+  'trp',
   'two_sided',
   'with_restarts',
 ]

@@ -8,6 +8,9 @@ from lrjax.testing.parameterizations import CHECKS, Case
 CASES = {
   'dense': Case(lrjax.dense(), lrjax.dense()),
   'factorized': Case(lrjax.factorized(4, restart_every=3), lrjax.factorized(12)),
+  'maestro': Case(lrjax.maestro(6, shrink_every=3), lrjax.maestro()),
+  'self_guided': Case(lrjax.self_guided(4, 30), lrjax.self_guided(4, 30, skip=True)),
+  'trp': Case(lrjax.trp(3), lrjax.trp(3)),
 }
 
 
