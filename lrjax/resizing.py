@@ -52,7 +52,8 @@ def resize(
   for path in paths:
     new = change(split_at(path, params, fixed))
     params = put_at(params, f'{path}/kernel', new.train)
-    fixed = _without_empty(put_at(fixed, f'{path}/fixed', dict(new.fixed)))
+    fixed = put_at(fixed, f'{path}/fixed', dict(new.fixed))
+  fixed = _without_empty(fixed)
   if state is None:
     return Weights(params, fixed)
   if tx is None:
@@ -99,4 +100,4 @@ def _without_empty(tree: PyTree) -> PyTree:
   if not isinstance(tree, dict):
     return tree
   nodes = {name: _without_empty(node) for name, node in tree.items()}
-  return {name: node for name, node in nodes.items() if node != {}}
+  return {name: node for name, node in nodes.items() if jax.tree.leaves(node)}

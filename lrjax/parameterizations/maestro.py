@@ -244,7 +244,8 @@ def compact(split: Split) -> Split:
     return split
   width = split.fixed['width']
   w = max(1, int(width.max()))
-  kept = jnp.arange(w) < jnp.expand_dims(width, -1)
+  columns = jax.lax.broadcasted_iota(jnp.int32, (*width.shape, w), width.ndim)
+  kept = columns < jnp.expand_dims(width, -1)
   a = jnp.where(jnp.expand_dims(kept, -2), split.train['a'][..., :w], 0)
   b = jnp.where(jnp.expand_dims(kept, -1), split.train['b'][..., :w, :], 0)
   return split._replace(train={'a': a, 'b': b})

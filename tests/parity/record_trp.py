@@ -6,9 +6,10 @@ data alone; nothing of that code is needed by the tests.
 
 Provenance: `low_rank_approx` and `train` of `cifar-TRP.py`, with `EnergyThreshold` of
 `decompose.py`. The script trains when it is imported and does not parse since Python 3.7
-(`async` is a keyword), so that word is replaced, those two functions alone are run, and
-its progress bar, meters and unused import of torchvision are replaced by empty ones. Outputs of the model are the inner
-product of the weights with the inputs, so that gradients are these inputs.
+(`async` is a keyword), so that word is replaced and those two functions alone are run;
+progress bar, meters and the unused torchvision are replaced by empty ones. Outputs of the
+model are the inner product of the weights with the inputs, so that gradients are these
+inputs.
 """
 
 import ast
@@ -48,7 +49,7 @@ def main() -> None:
 def _decaying(rng) -> np.ndarray:
   """A filter with decaying spectra in all three of its forms."""
   W = weights(SHAPE, rng)
-  scales = (0.5 ** np.arange(n) for n in SHAPE)
+  scales = (0.75 ** np.arange(n) for n in SHAPE)
   return W * functools.reduce(np.multiply, np.ix_(*scales)).astype(np.float32)
 
 
