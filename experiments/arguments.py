@@ -73,8 +73,14 @@ def _is_scalar(hint):
 
 
 def _hints(methods, tree):
-  """Types of the optimizer section, which depend on the method that it names."""
-  hints = {'optimizer.name': one_of(methods)}
-  name = getattr(tree['optimizer'].get('name'), 'value', None)
-  options = option_types(methods[name]) if name in methods else None
-  return hints if options is None else {**hints, 'optimizer.options': options}
+  """Types of the sections that depend on the method or kernel that they name."""
+  from experiments.kernels import KERNELS
+
+  hints = {}
+  for section, makers in (('optimizer', methods), ('kernel', KERNELS)):
+    hints[f'{section}.name'] = one_of(makers)
+    name = getattr(tree[section].get('name'), 'value', None)
+    options = option_types(makers[name]) if name in makers else None
+    if options is not None:
+      hints[f'{section}.options'] = options
+  return hints

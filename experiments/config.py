@@ -38,6 +38,11 @@ class Optimizer:
     weight_decay: decoupled, times the learning rate.
     weights: how hidden kernels are kept between steps: as they are, or in 8 bits with
       stochastic rounding (Q-GaLore).
+    restart_every: the learning rate falls and rises again at multiples of so many
+      updates, as kernels with restarts ask for; none: never.
+    restart_warmup: updates of each rise.
+    restart_start: where it starts, as a fraction of where it ends.
+    frobenius_decay: weight of half the squared norm of factorized kernels in the loss.
     options: further keyword arguments of the method.
   """
 
@@ -49,6 +54,10 @@ class Optimizer:
   clip: float = 1.0
   weight_decay: float = 0.0
   weights: Literal['float', 'int8'] = 'float'
+  restart_every: int | None = None
+  restart_warmup: int = 10
+  restart_start: float = 0.0
+  frobenius_decay: float = 0.0
   options: Mapping[str, Scalar] = dataclasses.field(
     default_factory=dict, metadata={'follows': 'name'}
   )
@@ -58,7 +67,28 @@ class Optimizer:
     _require(self, 'warmup', lambda x: x is None or x >= 0, 'none or at least 0')
     _require(self, 'final_fraction', lambda x: 0 <= x <= 1, 'between 0 and 1')
     _require(self, 'clip', lambda x: 0 <= x < math.inf, '0 (off) or above, finite')
-    _require(self, 'weight_decay', lambda x: 0 <= x < math.inf, 'at least 0, finite')
+    for name in ('weight_decay', 'frobenius_decay'):
+      _require(self, name, lambda x: 0 <= x < math.inf, 'at least 0, finite')
+    _require(self, 'restart_warmup', lambda x: x >= 1, 'at least 1')
+    warmup = self.restart_warmup
+    longer = lambda x: x is None or x > warmup
+    _require(self, 'restart_every', longer, f'none or above restart_warmup={warmup}')
+    _require(self, 'restart_start', lambda x: 0 <= x <= 1, 'between 0 and 1')
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+  """How the seven kernels of each layer are stored and trained.
+
+  Attributes:
+    name: a parameterization of `experiments.kernels.KERNELS`.
+    options: its keyword arguments.
+  """
+
+  name: str = 'dense'
+  options: Mapping[str, Scalar] = dataclasses.field(
+    default_factory=dict, metadata={'follows': 'name'}
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +138,12 @@ class Experiment:
     name: of the run and of its directory.
     seed: of the initial weights, the order of the data, and the method.
     steps: optimizer steps in all.
+    warm_steps: further steps before these in which the kernels are dense; they are a run
+      of their own, `<name>-warm`, with this run's settings.
     model: the network.
     data: what it reads.
     optimizer: how it learns.
+    kernel: what its kernels are.
     checkpoint: how it is saved.
     eval_every: steps between evaluations; the last step is evaluated always.
     log_every: steps between lines of metrics.
@@ -126,6 +159,8 @@ class Experiment:
   optimizer: Optimizer
   checkpoint: Checkpoint
   eval_every: int
+  kernel: Kernel = Kernel()
+  warm_steps: int = 0
   seed: int = 0
   log_every: int = 1
   diagnostics_every: int = 0
@@ -138,10 +173,16 @@ class Experiment:
     _require(self, 'seed', lambda x: 0 <= x < 2**32, 'from 0 to 2**32 - 1')
     for name in ('steps', 'eval_every', 'log_every', 'max_consecutive_bad'):
       _require(self, name, lambda x: x >= 1, 'at least 1')
-    _require(self, 'diagnostics_every', lambda x: x >= 0, 'at least 0')
+    for name in ('diagnostics_every', 'warm_steps'):
+      _require(self, name, lambda x: x >= 0, 'at least 0')
     if self.warmup > self.steps:
       raise ValueError(
         f'optimizer.warmup={self.optimizer.warmup} must be at most steps={self.steps}'
+      )
+    if self.optimizer.weights == 'int8' and self.kernel.name != 'dense':
+      raise ValueError(
+        f"optimizer.weights='int8' is for dense kernels, got kernel.name="
+        f'{self.kernel.name!r}'
       )
     if self.data.seq_len > self.model.max_seq_len:
       raise ValueError(
@@ -153,6 +194,20 @@ class Experiment:
         f'data.batch_size={self.data.batch_size} must be a multiple of mesh.data * '
         f'mesh.fsdp = {self.mesh.data * self.mesh.fsdp}'
       )
+
+  @property
+  def warm_start(self) -> 'Experiment | None':
+    """The run with dense kernels that comes first, if there is one."""
+    if not self.warm_steps:
+      return None
+    return replace(
+      self,
+      name=f'{self.name}-warm',
+      steps=self.warm_steps,
+      warm_steps=0,
+      kernel=Kernel(),
+      optimizer=replace(self.optimizer, restart_every=None, frobenius_decay=0.0),
+    )
 
   @property
   def warmup(self) -> int:

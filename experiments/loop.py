@@ -4,7 +4,7 @@ import contextlib
 import json
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -66,17 +66,22 @@ def run(
       or a subspace could not be fitted.
     CheckpointMismatch, RunExistsError, ConfigError, DataError, ...: see `errors`.
   """
-  with contextlib.ExitStack() as held:
-    open_run = rundir.open_run(
-      root, experiment.name, resume=resume, overwrite=overwrite
-    )
-    where = held.enter_context(open_run)
-    _Loop(experiment, where, preemption, held, allow_change).run()
-  return where.path
+
+  def attempt(stage: Experiment, dense: Any) -> _Loop:
+    with contextlib.ExitStack() as held:
+      open_run = rundir.open_run(root, stage.name, resume=resume, overwrite=overwrite)
+      where = held.enter_context(open_run)
+      one = _Loop(stage, where, preemption, held, allow_change, dense)
+      one.run()
+    return one
+
+  first = experiment.warm_start
+  dense = None if first is None else attempt(first, None).state['params']
+  return attempt(experiment, dense).where.path
 
 
 class _Loop:
-  """One attempt at a run."""
+  """One attempt at a run, from dense params where some are given."""
 
   def __init__(
     self,
@@ -85,7 +90,9 @@ class _Loop:
     preemption: Preemption,
     held: contextlib.ExitStack,
     allow_change: Sequence[str],
+    dense: Any = None,
   ):
+    self.dense = dense
     self.experiment, self.where, self.preemption = experiment, where, preemption
     try:
       self.corpus = load_corpus(experiment.data, _token_cache(experiment, where))
@@ -131,6 +138,8 @@ class _Loop:
     """Steps, logs, evaluates and saves until the end, or until asked to leave."""
     e = self.experiment
     step_fn, compile_seconds = self._compile()
+    memory = step_fn.memory_analysis()
+    self.temporary_bytes = None if memory is None else memory.temp_size_in_bytes
     batches = iterator_at(train_batches(self.corpus, e.seed), self.position)
     if self._evaluation_is_missing():
       self._evaluate(self.start)
@@ -142,13 +151,17 @@ class _Loop:
       # One step behind, so that the device has work while the host logs.
       if pending is not None:
         self._log(*pending)
-      pending = step, metrics, tokens
+      names, report = self.program.due(step), {}
+      if names:
+        self.state, report = self.program.events(names)(self.state)
+      pending = step, metrics, tokens, report
       leave = self.preemption.requested(step)
-      if leave or self._is_stop(step):
+      if leave or names or self._is_stop(step):
         self._log(*pending)
         pending = None
-        self._stop(step, leave)
-        self.clock = time.perf_counter()
+        if leave or self._is_stop(step):
+          self._stop(step, leave)
+          self.clock = time.perf_counter()
     self.saver.close()
     if self.is_first:
       self._summarise(compile_seconds)
@@ -166,7 +179,7 @@ class _Loop:
     self.metrics.flush()
     self.timing.flush()
     if leave or step == e.steps or not step % e.checkpoint.every:
-      position = {'next_index': step}
+      position = {'next_index': e.warm_steps + step}
       self.saver.save(step, self.state, data_state=position, meta=self.meta, force=True)
     if leave:
       self.saver.close()
@@ -174,7 +187,7 @@ class _Loop:
         f'{e.name}: interrupted; step {step} of {e.steps} is saved, go on with --resume'
       )
 
-  def _compile(self) -> tuple[Callable, float]:
+  def _compile(self) -> tuple[Any, float]:
     """The compiled training step, and the seconds it took."""
     shape = (self.experiment.data.batch_size, self.experiment.data.seq_len + 1)
     tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=self.program.batch_sharding)
@@ -195,7 +208,9 @@ class _Loop:
         position = found.data_state['next_index']
         return found.state, found.step, position, found.quarantined
     with jax.set_mesh(self.program.mesh):
-      return self.program.init(), 0, 0, []
+      begin = self.program.init if self.dense is None else self.program.start
+      args = () if self.dense is None else (self.dense,)
+      return begin(*args), 0, self.experiment.warm_steps, []
 
   def _count_attempt(self) -> int:
     path = self.where.path / 'attempts.json'
@@ -226,10 +241,11 @@ class _Loop:
     self.progress.note(f'step {step}: validation loss {result.nats:.4f} nats a token')
     return True
 
-  def _log(self, step: int, metrics: Any, tokens: jax.Array) -> None:
+  def _log(self, step: int, metrics: Any, tokens: jax.Array, report: dict) -> None:
     """Writes one step's numbers, and ends the run if too many in a row were bad."""
     e = self.experiment
-    metrics = jax.tree.map(lambda x: x.item(), jax.device_get(metrics))
+    numbers = jax.device_get((metrics, report))
+    metrics, report = jax.tree.map(lambda x: x.item(), numbers)
     values, subspaces = metrics, metrics.pop('subspaces')
     now = time.perf_counter()
     seconds, self.clock = now - self.clock, now
@@ -239,9 +255,14 @@ class _Loop:
     measured = bool(subspaces) and (step - 1) % e.diagnostics_every == 0
     if measured:
       self.metrics.scalars(step, subspaces, split='subspace')
+    if report:
+      touched = {
+        f'{n}/{k}': v for n, t in report.items() for k, v in t._asdict().items()
+      }
+      self.metrics.scalars(step, touched, split='event')
     count = e.data.batch_size * e.data.seq_len
     times = dict(seconds=seconds, tokens_per_s=count / seconds)
-    kind = dict(refresh=is_refresh(e, step), measured=measured)
+    kind = dict(refresh=is_refresh(e, step), measured=measured, event=bool(report))
     self.timing.scalars(step, times | kind)
     self.progress.update(step, count, values['loss'])
     if bad >= e.max_consecutive_bad:
@@ -272,6 +293,7 @@ class _Loop:
     numbers = summarise(
       self.experiment, self.program, self.corpus, self.where.path, compile_seconds
     )
+    numbers['temporary_bytes'] = self.temporary_bytes
     rundir.write_json(self.where.path / 'summary.json', numbers)
 
 

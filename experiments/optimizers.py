@@ -151,11 +151,14 @@ def schedule(experiment: Experiment) -> optax.Schedule:
     'cosine': optax.cosine_decay_schedule(o.learning_rate, left, o.final_fraction),
   }[o.schedule]
   rise = optax.linear_schedule(0.0, o.learning_rate, max(warmup, 1))
-  return optax.join_schedules([rise, decay], [warmup])
+  rate = optax.join_schedules([rise, decay], [warmup])
+  if o.restart_every is None:
+    return rate
+  return lrjax.with_restarts(rate, o.restart_every, o.restart_warmup, o.restart_start)
 
 
 def make(experiment: Experiment) -> optax.GradientTransformation:
-  """The whole transformation of an experiment: clip, then the method."""
+  """The whole transformation of an experiment: penalty, clip, then the method."""
   o = experiment.optimizer
   method = METHODS[o.name]
   own = inspect.signature(method).parameters
@@ -167,7 +170,8 @@ def make(experiment: Experiment) -> optax.GradientTransformation:
     **o.options,
   )
   clip = [optax.clip_by_global_norm(o.clip)] if o.clip else []
-  return optax.chain(*clip, tx)
+  decay = [lrjax.frobenius_decay(o.frobenius_decay)] if o.frobenius_decay else []
+  return optax.chain(*decay, *clip, tx)
 
 
 def update_gap(experiment: Experiment) -> int | None:

@@ -1,5 +1,6 @@
 """What a run computes: its state, one training step, one evaluation step."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,12 +11,13 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import lrjax
-from experiments import optimizers
+from experiments import kernels, optimizers
 from experiments.config import Experiment
 from experiments.errors import ConfigError
 from lrjax import int8_weights
 from lrjax.models.llama import Llama, next_token_loss
 from lrjax.models.llama_params import param_specs
+from lrjax.modules.nnx import kernels as plan_of
 from lrjax.modules.nnx import split
 
 
@@ -64,10 +66,13 @@ class Program(NamedTuple):
       row).
     weights: the tree of `ShapeDtypeStruct`s of the weights in a step.
     init: `() -> state`.
+    start: `params with dense kernels -> state`.
     step: jitted `(state, tokens) -> (state, metrics)`; donates the state.
     evaluate: jitted `(params, fixed, tokens, mask) -> (nats, count)`.
     gradients: jitted `(params, fixed, tokens) -> gradients`, to look into failures.
     tx: the optimizer.
+    due: `k -> names` of the events that run after k updates, outside of `step`.
+    events: `names -> (state -> (state, report))`, jitted; donates the state.
   """
 
   mesh: Mesh
@@ -75,10 +80,13 @@ class Program(NamedTuple):
   state: Any
   weights: Any
   init: Callable[[], Any]
+  start: Callable[[Any], Any]
   step: Any
   evaluate: Callable
   gradients: Callable
   tx: optax.GradientTransformation
+  due: Callable[[int], frozenset[str]]
+  events: Callable[[frozenset[str]], Callable]
 
 
 def make_mesh(experiment: Experiment) -> Mesh:
@@ -106,15 +114,39 @@ def build(experiment: Experiment) -> Program:
   mesh, tx = make_mesh(experiment), optimizers.make(experiment)
   rate = optimizers.schedule(experiment)
   kept = storage(experiment)
-  model = lambda: Llama(experiment.model, rngs=nnx.Rngs(experiment.seed))
-  graphdef, params, fixed = split(nnx.eval_shape(model))
+  kernel = kernels.make(experiment)
+  rngs = lambda: nnx.Rngs(experiment.seed)
+  model = lambda: Llama(experiment.model, kernel=kernel, rngs=rngs())
+  try:
+    abstract_model = nnx.eval_shape(model)
+  except ValueError as e:  # a rank or a density that no kernel has
+    raise ConfigError(f'kernel {experiment.kernel.name}: {e}') from e
+  graphdef, params, fixed = split(abstract_model)
+  plan = plan_of(abstract_model)
+  each_step = lrjax.step_events(plan)
+
+  def run_events(names: frozenset[str], state: Any, k: jax.Array) -> tuple[Any, Any]:
+    """Events change what is stored; those of kernels in 8 bits there are none of."""
+    if not names:
+      return state, {}
+    weights = lrjax.Weights(state['params'], state['fixed'], state['opt'])
+    new, report = lrjax.run_events(plan, names, weights, k, tx=tx, seed=experiment.seed)
+    changed = dict(params=new.params, fixed=new.fixed, opt=new.opt_state)
+    return state | changed, report
 
   def init() -> Any:
-    _, params, fixed = split(model())
+    return state_of(*split(model())[1:])
+
+  def start(dense: Any) -> Any:
+    key = jax.random.key(experiment.seed)
+    return state_of(*lrjax.convert(plan, dense, key)[:2])
+
+  def state_of(params: Any, fixed: Any) -> Any:
     zero = jnp.zeros([], jnp.int32)
     counts = dict(step=zero, skipped=zero, bad=zero)
     stored = kept.encode(params)
-    return dict(params=stored, fixed=fixed, opt=tx.init(params), **counts)
+    state = dict(params=stored, fixed=fixed, opt=tx.init(params), **counts)
+    return run_events(each_step, state, zero)[0]
 
   def loss(params: Any, fixed: Any, tokens: jax.Array) -> jax.Array:
     logits = nnx.merge(graphdef, params, fixed)(tokens[:, :-1])
@@ -140,6 +172,7 @@ def build(experiment: Experiment) -> Program:
       skipped=state['skipped'] + bad,
       bad=jnp.where(ok, 0, state['bad'] + 1),
     )
+    new, _ = run_events(each_step, new, new['step'])
     health = lrjax.health(new['opt'])
     skipped = new['skipped'] + health['skipped_steps']
     measured = subspaces(new['opt']) if experiment.diagnostics_every else {}
@@ -160,13 +193,13 @@ def build(experiment: Experiment) -> Program:
   def gradients(params: Any, fixed: Any, tokens: jax.Array) -> Any:
     return jax.grad(loss)(kept.decode(params), fixed, tokens)
 
-  specs = param_specs(params)
+  specs = param_specs(params, kernel)
   abstract = jax.eval_shape(init)
   whole = lambda tree: jax.tree.map(lambda _: PartitionSpec(), tree)
   state_specs = dict(
     whole(abstract),
     params=kept.specs(params, specs),
-    fixed=param_specs(fixed),
+    fixed=param_specs(fixed, kernel),
     opt=lrjax.state_specs(tx, params, specs, mesh),
   )
   shardings = jax.tree.map(lambda s: NamedSharding(mesh, s), state_specs)
@@ -177,6 +210,11 @@ def build(experiment: Experiment) -> Program:
   def jit(f: Callable, *ins: Any, out: Any, donate: tuple = ()) -> Callable:
     return jax.jit(f, in_shardings=ins, out_shardings=out, donate_argnums=donate)
 
+  @functools.cache
+  def events(names: frozenset[str]) -> Callable:
+    run = lambda state: run_events(names, state, state['step'])
+    return jit(run, shardings, out=(shardings, everywhere), donate=(0,))
+
   weights = shardings['params'], shardings['fixed']
   return Program(
     mesh=mesh,
@@ -184,10 +222,13 @@ def build(experiment: Experiment) -> Program:
     state=jax.tree.map(place, abstract, shardings),
     weights=params,
     init=jit(init, out=shardings),
+    start=jax.jit(start, out_shardings=shardings),
     step=jit(step, shardings, batch, out=(shardings, everywhere), donate=(0,)),
     evaluate=jit(evaluate, *weights, batch, batch, out=everywhere),
     gradients=jit(gradients, *weights, batch, out=None),
     tx=tx,
+    due=functools.partial(lrjax.due_events, plan),
+    events=events,
   )
 
 

@@ -62,14 +62,18 @@ def sizes(experiment: Experiment, program: Program) -> dict[str, int]:
     parameters=sum(x.size for x in jax.tree.leaves(program.weights)),
     parameter_bytes=sum(x.size * x.dtype.itemsize for x in stored),
     gradient_bytes=report.param_bytes,
+    fixed_bytes=sum(
+      x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state['fixed'])
+    ),
     optimizer_bytes=report.state_bytes,
     adam_bytes=report.adam_bytes,
   )
 
 
 def _median_ms(timing: list[dict], refresh: bool) -> float | None:
-  """Steps that measured subspaces took longer, and do not count."""
-  chosen = [t for t in timing if t['refresh'] == refresh and not t['measured']]
+  """Steps that measured subspaces or ran events took longer, and do not count."""
+  plain = [t for t in timing if not (t['measured'] or t['event'])]
+  chosen = [t for t in plain if t['refresh'] == refresh]
   seconds = [line['seconds'] for line in chosen]
   return 1e3 * float(np.median(seconds)) if seconds else None
 

@@ -75,8 +75,9 @@ def frobenius(kernel: Mapping[str, jax.Array]) -> jax.Array:
 def frobenius_decay(weight: float) -> optax.GradientTransformation:
   r"""Weight decay for factorized kernels, :math:`\frac\lambda2 \|ab\|_F^2`.
 
-  It adds :math:`\lambda a (b b^\top)` and :math:`\lambda (a^\top a) b` to the gradients. Decay on
-  each factor penalises the nuclear norm of ab instead, and punishes rank.
+  It adds :math:`\lambda a (b b^\top)` and :math:`\lambda (a^\top a) b` to the
+  gradients. Decay on each factor penalises the nuclear norm of ab instead, and punishes
+  rank.
 
   Args:
     weight: :math:`\lambda`, the weight decay of the dense model.

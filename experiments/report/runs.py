@@ -43,6 +43,7 @@ class Summary:
     refresh_ms: median time of a step that refreshes bases.
     parameters: number of trained weights.
     parameter_bytes: what they take.
+    fixed_bytes: what arrays of kernels take that nobody trains.
     gradient_bytes: what their gradients take.
     optimizer_bytes: what the state of the optimizer takes, exactly.
     adam_bytes: what Adam would keep for the same weights.
@@ -54,6 +55,7 @@ class Summary:
     overlap: mean share of a subspace kept at a refresh.
     effective_rank: mean effective rank of the gradients.
     refreshes: of a matrix's subspace, on average.
+    temporary_bytes: what a training step needs beside its state: activations, gradients.
     failure: why the run ended before its last step.
   """
 
@@ -69,9 +71,11 @@ class Summary:
   refresh_ms: float | None = None
   parameters: int | None = None
   parameter_bytes: int | None = None
+  fixed_bytes: int | None = None
   gradient_bytes: int | None = None
   optimizer_bytes: int | None = None
   adam_bytes: int | None = None
+  temporary_bytes: int | None = None
   corpus: Mapping[str, Scalar] = dataclasses.field(default_factory=dict)
   versions: Mapping[str, Scalar] = dataclasses.field(default_factory=dict)
   machine: Mapping[str, Scalar] = dataclasses.field(default_factory=dict)
