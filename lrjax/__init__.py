@@ -72,22 +72,19 @@ from lrjax.optimizers.q_galore import q_galore, scale_by_q_galore
 from lrjax.optimizers.subtrack import scale_by_subtrack, subtrack
 from lrjax.optimizers.trion import scale_by_trion, trion
 
+# Widths of a model's kernels.
+from lrjax.ordered_dropout import full_width, sample_widths
+
 # Orthogonal factors.
 from lrjax.orthogonalize import cholesky_qr, newton_schulz, polar
 
 # Parameterizations: how a kernel is stored and applied.
 from lrjax.parameterizations.dense import dense
 from lrjax.parameterizations.factorized import factorized
-from lrjax.parameterizations.maestro import (
-  compact,
-  full_width,
-  hierarchical_group_lasso,
-  maestro,
-  sample_widths,
-)
+from lrjax.parameterizations.maestro import compact, hierarchical_group_lasso, maestro
 from lrjax.parameterizations.self_guided import self_guided, strip_guide
+from lrjax.parameterizations.trp import trp
 from lrjax.penalties import add_penalty, frobenius, frobenius_decay
-from lrjax.rank_truncation import trp
 
 # The remaining parts of the loop.
 from lrjax.refreshes import every, lazy

@@ -7,7 +7,6 @@ nothing is saved, and an SVD costs about `22 min(in, out)^3` flops: choose it to
 what ranks a trained layer needs, not to train with less.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,10 +17,8 @@ import optax
 from lrjax.bases.orthonormal import mm
 from lrjax.checks import finite, positive_int
 from lrjax.parameterizations import factors
-from lrjax.parameterizations.dense import dense
-from lrjax.parameterizations.factors import value
 from lrjax.stacks import wide
-from lrjax.types import Event, Parameterization, PyTree, Split
+from lrjax.types import PyTree, Split
 from lrjax.views import Where, from_matrix, planner, to_matrix
 
 # Singular values (p,), largest first -> how many of them stay, int32[].
@@ -221,45 +218,6 @@ def truncate_rank(
     return jnp.where(new == w + u, u, new - w)
 
   return _every(every, 1, change, where, weight_dimension_numbers)
-
-
-def truncation(every: int, rule: Rule, *, gram: bool = False) -> Event:
-  """The truncation of a dense kernel as an event, exact in its own dtype."""
-
-  def weights(key: jax.Array, split: Split, k: jax.Array) -> tuple[Split, dict]:
-    return split._replace(train=truncate(split.train, rule, gram=gram)), {}
-
-  return Event('truncate', weights, factors.periodic(every), preserves=False)
-
-
-@value
-def trp(every: int = 5, energy: float = 0.9, gram: bool = False) -> Parameterization:
-  r"""A dense kernel that becomes its truncated SVD every m updates: y = x W.
-
-  .. math::
-    W \leftarrow U_k S_k V_k^\top, \quad
-    k = \min \{k : \textstyle\sum_{i \le k} s_i^2 \ge e \sum_i s_i^2\}
-
-  In between W is free. Moments are not touched. Put
-  `lrjax.rank_truncation.add_nuclear_subgradient(3e-4, every)` before the optimizer for
-  the paper's regularizer, and take `to_factors` of the last weights.
-
-  Args:
-    every: m, updates between truncations.
-    energy: e, the fraction of the squared Frobenius norm that stays.
-    gram: see `lrjax.rank_truncation.truncate`.
-
-  Returns:
-    A Parameterization; its event is `truncate`, and changes the function.
-
-  Raises:
-    ValueError: for an energy outside of (0, 1].
-
-  >>> trp(every=5).events[0].name
-  'truncate'
-  """
-  event = truncation(every, by_energy(energy), gram=gram)
-  return dataclasses.replace(dense(), events=(event,))
 
 
 def _first(k: jax.Array, s: jax.Array) -> jax.Array:

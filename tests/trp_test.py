@@ -56,7 +56,7 @@ def test_equals_the_official_code(scheme):
   w = start + cut.update(zeros, cut.init(start), start)[0]
   np.testing.assert_allclose(w, flax(recorded[f'{scheme}/truncated']), atol=1e-6)
   sub = pull.update(zeros, pull.init(w), w)[0] / meta['nuclear_weight']
-  np.testing.assert_allclose(sub, flax(recorded[f'{scheme}/subgradient']), atol=1e-5)
+  np.testing.assert_allclose(sub, flax(recorded[f'{scheme}/subgradient']), atol=3e-6)
 
   @jax.jit
   def run(w, gradients):
@@ -68,7 +68,7 @@ def test_equals_the_official_code(scheme):
     return jax.lax.scan(step, (w, tx.init(w)), gradients)[0][0]
 
   end = run(w, flax(recorded['gradients']))
-  np.testing.assert_allclose(end, flax(recorded[f'{scheme}/end']), atol=1e-5)
+  np.testing.assert_allclose(end, flax(recorded[f'{scheme}/end']), atol=3e-6)
 
 
 def test_the_subgradient_is_the_gradient_of_the_nuclear_norm():

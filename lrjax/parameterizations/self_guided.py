@@ -63,7 +63,8 @@ def self_guided(
   low = factorized(rank, init)
 
   def guided(split: Split, guide: jax.Array) -> Split:
-    return Split({**split.train, 'guide': guide}, {'alpha': jnp.float32(1)})
+    fixed = {'alpha': jnp.float32(1), 'rest': jnp.float32(0)}
+    return Split({**split.train, 'guide': guide}, fixed)
 
   def start(key: jax.Array, shape: tuple, dtype: jax.typing.DTypeLike) -> Split:
     split = low.init(key, shape, dtype)
@@ -74,20 +75,26 @@ def self_guided(
     return guided(split, jnp.asarray(W)), jnp.float32(0)
 
   def apply(split: Split, x: jax.Array) -> jax.Array:
-    y, alpha = low.apply(split, x), split.fixed['alpha']
-    mixed = lambda: _mix(alpha, x @ split.train['guide'], y)
-    return jax.lax.cond(alpha > 0, mixed, lambda: y) if skip else mixed()
+    y = low.apply(split, x)
+    mixed = lambda: _mix(split, x @ split.train['guide'], y)
+    return jax.lax.cond(split.fixed['alpha'] > 0, mixed, lambda: y) if skip else mixed()
 
   def materialize(split: Split) -> jax.Array:
     ab = factors.product(split.train['a'], split.train['b'])
-    return _mix(split.fixed['alpha'], split.train['guide'], ab)
+    return _mix(split, split.train['guide'], ab)
 
   return Parameterization(
     init=start,
     from_dense=from_dense,
     apply=apply,
     materialize=materialize,
-    axes={'a': ('in', None), 'b': (None, 'out'), 'guide': ('in', 'out'), 'alpha': ()},
+    axes={
+      'a': ('in', None),
+      'b': (None, 'out'),
+      'guide': ('in', 'out'),
+      'alpha': (),
+      'rest': (),
+    },
     events=(_fade(guide_steps, skip),),
   )
 
@@ -99,27 +106,32 @@ def strip_guide(split: Split) -> Split:
     split: of one kernel or of a stack; others come back as they are.
 
   Returns:
-    A Split without `guide` and `alpha`.
+    A Split without `guide`, `alpha` and `rest`.
 
   >>> split = self_guided(2, 9).init(jax.random.key(0), (4, 3), jnp.float32)
   >>> [*strip_guide(split).train]
   ['a', 'b']
   """
-  if 'alpha' not in split.fixed:
+  if not {'alpha', 'rest'} <= split.fixed.keys():
     return split
   return Split({name: split.train[name] for name in ('a', 'b')})
 
 
 def _fade(steps: int, skip: bool) -> Event:
   def weights(key: jax.Array, split: Split, k: jax.Array) -> tuple[Split, dict]:
-    alpha = 0.5 * (1 + jnp.cos(jnp.pi * k.astype(jnp.float32) / steps))
-    alpha = jnp.where(k < steps, alpha, 0)
+    angle = 0.5 * jnp.pi * k.astype(jnp.float32) / steps
+    # Both are stored: in bfloat16 1 - alpha would be 0 for the first 3 % of the way, and
+    # the factors would not move.
+    alpha, rest = jnp.cos(angle) ** 2, jnp.sin(angle) ** 2
+    use = k < steps
     if skip:
-      alpha = jnp.where(jax.random.uniform(key) < alpha, alpha, 0)
-    return split._replace(fixed={'alpha': alpha}), {}
+      use &= jax.random.uniform(key) < alpha
+    fixed = {'alpha': jnp.where(use, alpha, 0), 'rest': jnp.where(use, rest, 1)}
+    return split._replace(fixed=fixed), {}
 
   return Event('guide', weights, preserves=False)
 
 
-def _mix(alpha: jax.Array, guide: jax.Array, low: jax.Array) -> jax.Array:
-  return (alpha * guide + (1 - alpha) * low).astype(low.dtype)
+def _mix(split: Split, guide: jax.Array, low: jax.Array) -> jax.Array:
+  alpha, rest = split.fixed['alpha'], split.fixed['rest']
+  return (alpha * guide + rest * low).astype(low.dtype)
