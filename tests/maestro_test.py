@@ -11,11 +11,14 @@ from flax import nnx
 from parity.inputs import SMALL, read
 
 import lrjax
+from experiments import program
+from experiments.config import Kernel
 from lrjax.models import LLAMA_SIZES, Llama
 from lrjax.modules.nnx import Dense, kernels, split
 from lrjax.ordered_dropout import one_of_all
 from lrjax.parameterizations.maestro import importance
 from lrjax.types import Split
+from tests.runner import tiny
 
 KEY = jax.random.key(0)
 X = jax.random.normal(jax.random.key(1), (5, 10))
@@ -338,6 +341,22 @@ def test_the_papers_sampler_runs_over_a_whole_model():
   assert len({*below}) == 7 + 7 + 5 + 1 and sorted(below)[:3] == [(0, 0, 0)] * 3
   with pytest.raises(ValueError, match='no kernel has a width'):
     lrjax.sample_widths({'q': lrjax.dense()}, {'q': {'kernel': X}}, {}, 0)
+
+
+def test_the_runner_evaluates_at_full_width():
+  built = program.build(tiny(kernel=Kernel('maestro')))
+  draw = lambda x: jnp.asarray(np.random.default_rng(x.size).normal(0, 0.1, x.shape))
+  params = jax.tree.map(lambda x: draw(x).astype(x.dtype), built.state['params'])
+  tokens, mask = jnp.zeros((4, 17), jnp.int32), jnp.ones((4, 16))
+
+  def nats(sampled):
+    fixed = jax.tree.map(lambda x: jnp.full(x.shape, 12, x.dtype), built.state['fixed'])
+    q = fixed['layers']['attn']['q']['fixed']
+    q['sampled'] = jnp.full_like(q['width'], sampled)
+    with jax.set_mesh(built.mesh):
+      return float(built.evaluate(params, fixed, tokens, mask)[0])
+
+  assert nats(3) == nats(12)
 
 
 def test_a_projected_optimizer_starts_anew_where_its_matrix_is_cut():
