@@ -103,7 +103,9 @@ def nuclear_subgradient(
   [[ 1.  0.]
    [ 0. -1.]]
   """
-  rounding = 10 * float(jnp.finfo(W.dtype).eps)
+  eps = lambda dtype: float(jnp.finfo(dtype).eps)
+  # Rounding of the entries is below eps of the largest, that of an SVD a few times eps.
+  rounding = max(2 * eps(W.dtype), 10 * eps(jnp.float32))
   least = max(rounding, 1e-3) if gram else rounding
 
   def factor(s: jax.Array) -> jax.Array:
@@ -180,7 +182,10 @@ def add_nuclear_subgradient(
    [0.  0.1]]
   """
   finite('weight', weight)
-  change = lambda w, g: g + weight * nuclear_subgradient(w, rule, gram=gram)
+
+  def change(w: jax.Array, g: jax.Array) -> jax.Array:
+    return g + weight * wide(nuclear_subgradient(w, rule, gram=gram))
+
   return _every(every, 0, change, where, weight_dimension_numbers)
 
 
@@ -213,6 +218,7 @@ def truncate_rank(
   """
 
   def change(w: jax.Array, u: jax.Array) -> jax.Array:
+    w = wide(w)
     new = truncate(w + u, rule, gram=gram)
     # Where nothing is cut off, not a bit of the update changes.
     return jnp.where(new == w + u, u, new - w)
@@ -225,7 +231,9 @@ def _first(k: jax.Array, s: jax.Array) -> jax.Array:
   return jnp.arange(s.size) < k
 
 
-def _guarded(W: jax.Array, otherwise: jax.Array, gram: bool, factor: Callable):
+def _guarded(
+  W: jax.Array, otherwise: jax.Array, gram: bool, factor: Callable
+) -> jax.Array:
   """W with its singular values multiplied by `factor(s)`; `otherwise` if that fails."""
   usable = jnp.isfinite(W).all()
   # LAPACK may never return from a matrix with an infinite entry.
@@ -248,7 +256,9 @@ def _spectrum(W: jax.Array, gram: bool) -> tuple[jax.Array, Callable]:
   return s, lambda c: mm(mm(W, V) * c[None], V.T)
 
 
-def _every(every: int, shift: int, change: Callable, where, views):
+def _every(
+  every: int, shift: int, change: Callable, where: Where | None, views: Any
+) -> optax.GradientTransformation:
   """`(w, u) -> u` on each matrix where update number + shift is a multiple of `every`."""
   positive_int('every', every)
   plan_tree = planner(None, 'in', where, views)
@@ -256,9 +266,9 @@ def _every(every: int, shift: int, change: Callable, where, views):
   def leaf(plan: Any, w: jax.Array, u: jax.Array) -> jax.Array:
     if plan.reason:
       return u
-    flat = lambda x: wide(to_matrix(x, plan)).reshape(-1, *plan.matrix)
+    flat = lambda x: to_matrix(x, plan).reshape(-1, *plan.matrix)
     # One after the other, because a batch of decompositions needs much memory.
-    new = jax.lax.map(lambda wu: change(*wu), (flat(w), flat(u)))
+    new = jax.lax.map(lambda wu: change(*wu), (flat(w), flat(wide(u))))
     return from_matrix(new.reshape(*plan.stack, *plan.matrix), plan).astype(u.dtype)
 
   def init(params: PyTree) -> CountState:

@@ -192,6 +192,16 @@ def test_a_matrix_that_is_not_finite_is_skipped():
   assert not trp.nuclear_subgradient(W).any()
 
 
+def test_in_bfloat16_rounding_is_not_taken_for_a_direction():
+  W = jax.jit(lambda W: trp.truncate(W, trp.by_rank(3)))(matrix().astype(jnp.bfloat16))
+  tx = trp.add_nuclear_subgradient(1.0)
+  u, _ = tx.update(jnp.zeros((8, 6)), tx.init(W), W)
+  s = np.linalg.svd(np.float32(W))[1]
+  assert W.dtype == jnp.bfloat16 and 1e-5 < s[3] < 0.004
+  # The sub-gradient has the dtype of W.
+  np.testing.assert_allclose(np.linalg.svd(u)[1], [1, 1, 1, 0, 0, 0], atol=0.01)
+
+
 def test_embeddings_and_vectors_are_passed_over():
   params = {'embed': matrix(), 'q': {'kernel': matrix(), 'bias': jnp.ones(6)}}
   tx = trp.truncate_rank(1, RULE)

@@ -52,10 +52,10 @@ def maestro(
 
   Memory: p (in + out) weights, twice the dense ones where in = out, and as many of each
   moment; 2 p (in + out) multiplications a token whatever w is, until `compact`. In the
-  end w (in + out), less than dense below w = in out / (in + out).
+  end w (in + out), less than dense below w = in out / (in + out); export those above it.
 
   Choose it to learn each layer's rank, or for one model that can be cut to many sizes,
-  not to save memory while training. Not shown for language models by its authors.
+  not to save memory while training. Nothing is published for large language models.
 
   Args:
     rank: p; None: min(in, out).
