@@ -187,7 +187,8 @@ def build(experiment: Experiment) -> Program:
     )
 
   def evaluate(params: Any, fixed: Any, tokens: jax.Array, mask: jax.Array) -> tuple:
-    logits = nnx.merge(graphdef, kept.decode(params), fixed)(tokens[:, :-1])
+    model = nnx.merge(graphdef, kept.decode(params), lrjax.full_width(fixed))
+    logits = model(tokens[:, :-1])
     return next_token_loss(logits, tokens[:, 1:], mask)
 
   def gradients(params: Any, fixed: Any, tokens: jax.Array) -> Any:

@@ -1,8 +1,9 @@
 """Low-rank training in JAX: one flat public list, grouped by family."""
 
 # Layers of hyperbolic space; weights in 8 bits.
-from lrjax import hyperbolic, int8_weights
+from lrjax import hyperbolic, int8_weights, rank_truncation
 
+# Weights in 8 bits; dense weights that are truncated to a low rank.
 # Sums over micro-batches.
 from lrjax.accumulation import accumulate_sketches
 
@@ -72,6 +73,9 @@ from lrjax.optimizers.q_galore import q_galore, scale_by_q_galore
 from lrjax.optimizers.subtrack import scale_by_subtrack, subtrack
 from lrjax.optimizers.trion import scale_by_trion, trion
 
+# Widths of a model's kernels.
+from lrjax.ordered_dropout import full_width, sample_widths
+
 # Orthogonal factors.
 from lrjax.orthogonalize import cholesky_qr, newton_schulz, polar
 
@@ -82,22 +86,27 @@ from lrjax.parameterizations.dsformer import dsformer, strip_latent
 from lrjax.parameterizations.factorized import factorized
 from lrjax.parameterizations.householder import householder, householder_orthogonal
 from lrjax.parameterizations.lost import lost
+from lrjax.parameterizations.maestro import compact, hierarchical_group_lasso, maestro
 from lrjax.parameterizations.monarch import monarch
 from lrjax.parameterizations.relora import relora
+from lrjax.parameterizations.self_guided import self_guided, strip_guide
 from lrjax.parameterizations.sltrain import sltrain
 from lrjax.parameterizations.snnk import bundle, snnk, solve_last_layer
 from lrjax.parameterizations.sst import sst
 from lrjax.parameterizations.switchlora import switchlora
+from lrjax.parameterizations.trp import trp
 from lrjax.penalties import add_penalty, frobenius, frobenius_decay
 
 # The remaining parts of the loop.
 from lrjax.refreshes import every, lazy
 from lrjax.residuals import drop, error_feedback, scale_full, state_free
 
+# More parts of the loop.
+# Kernels of other shapes.
+from lrjax.resizing import resize
+
 # State spaces.
 from lrjax.s4d import s4d_convolve, s4d_init, s4d_kernel, s4d_labels, s4d_scan, s4d_step
-
-# More parts of the loop.
 from lrjax.sampling import sampled_layers
 from lrjax.schedules import with_restarts
 from lrjax.sharding import state_specs
@@ -158,6 +167,7 @@ __all__ = [
   'cholesky_qr',
   'cola',
   'columns',
+  'compact',
   'convert',
   'coverage',
   'dct',
@@ -183,6 +193,7 @@ __all__ = [
   'frobenius',
   'frobenius_decay',
   'frugal',
+  'full_width',
   'galore',
   'galore_8bit',
   'gaussian',
@@ -191,6 +202,7 @@ __all__ = [
   'health',
   'heaviest',
   'hidden_kernels',
+  'hierarchical_group_lasso',
   'householder',
   'householder_orthogonal',
   'hyperbolic',
@@ -202,6 +214,7 @@ __all__ = [
   'ldadam',
   'lost',
   'low_rank',
+  'maestro',
   'monarch',
   'newton_schulz',
   'on_matrices',
@@ -214,8 +227,10 @@ __all__ = [
   'q_galore',
   'random_orthogonal',
   'randomized_svd',
+  'rank_truncation',
   'relora',
   'reset',
+  'resize',
   'rotate_abs',
   'rotate_first',
   'rotate_square',
@@ -226,6 +241,7 @@ __all__ = [
   's4d_labels',
   's4d_scan',
   's4d_step',
+  'sample_widths',
   'sampled_layers',
   'scale_by_apollo',
   'scale_by_apollo_mini',
@@ -246,6 +262,7 @@ __all__ = [
   'scale_by_trion',
   'scale_by_vector_adam',
   'scale_full',
+  'self_guided',
   'sltrain',
   'snnk',
   'solve_last_layer',
@@ -254,6 +271,7 @@ __all__ = [
   'state_specs',
   'step_events',
   'stored_as',
+  'strip_guide',
   'strip_latent',
   'subspace_iteration',
   'subtrack',
@@ -261,6 +279,7 @@ __all__ = [
   'switched',
   'switchlora',
   'trion',
+  'trp',
   'two_sided',
   'vector_adam',
   'with_restarts',

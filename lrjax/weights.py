@@ -137,7 +137,7 @@ def export(plan: Plan, params: PyTree, fixed: PyTree) -> PyTree:
       )
     split = split_at(path, params, fixed)
     dense = _over_stack(p.materialize, _stack(path, p, split))(split)
-    params = _put(params, f'{path}/kernel', dense)
+    params = put_at(params, f'{path}/kernel', dense)
   return params
 
 
@@ -176,9 +176,9 @@ def convert(
     stack = W.shape[:-2]
     keys = _keys(fold_in_path(key, path), stack)
     split, errors[path] = _over_stack(p.from_dense, stack)(keys, W)
-    params = _put(params, f'{path}/kernel', split.train)
+    params = put_at(params, f'{path}/kernel', split.train)
     if split.fixed:
-      fixed = _put(fixed, f'{path}/fixed', dict(split.fixed))
+      fixed = put_at(fixed, f'{path}/fixed', dict(split.fixed))
   return params, fixed, errors
 
 
@@ -192,9 +192,9 @@ def _run_event(plan, name, weights, k, tx, seed):
       stack = _stack(path, p, split)
       key = jax.random.fold_in(stream(seed, f'{name}/{path}'), k)
       new, touched = _on_stack(event, stack, _keys(key, stack), split, k)
-      params = _put(params, f'{path}/kernel', new.train)
+      params = put_at(params, f'{path}/kernel', new.train)
       if new.fixed:
-        fixed = _put(fixed, f'{path}/fixed', dict(new.fixed))
+        fixed = put_at(fixed, f'{path}/fixed', dict(new.fixed))
       for leaf, mask in touched.items():
         masks['/'.join(filter(None, (path, 'kernel', leaf)))] = mask
       found.append(event)
@@ -267,11 +267,11 @@ def _node(tree: PyTree, path: str) -> Any:
   return tree
 
 
-def _put(tree: PyTree, path: str, value: Any) -> PyTree:
+def put_at(tree: PyTree, path: str, value: Any) -> PyTree:
   """The tree with another value at a path; dicts on the way are copied."""
   part, _, rest = path.lstrip('/').partition('/')
   key = _key(tree, part)
-  inner = _put(tree.get(key, {}), rest, value) if rest else value
+  inner = put_at(tree.get(key, {}), rest, value) if rest else value
   return {**tree, key: inner}
 
 

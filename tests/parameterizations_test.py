@@ -38,6 +38,9 @@ CASES = {
   'monarch_uneven': Case(lrjax.monarch(5, 3), lrjax.monarch(1)),
   'snnk': Case(lrjax.snnk(16)),
   'snnk_bundled': Case(lrjax.snnk((16, 8), 'sin', normalize=1.0)),
+  'maestro': Case(lrjax.maestro(6, shrink_every=3), lrjax.maestro()),
+  'self_guided': Case(lrjax.self_guided(4, 30), lrjax.self_guided(4, 30, skip=True)),
+  'trp': Case(lrjax.trp(3), lrjax.trp(3)),
 }
 
 
