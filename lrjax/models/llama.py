@@ -175,7 +175,7 @@ class S4DMixer(S4D):
     dtypes = dict(dtype=config.dtype, param_dtype=config.param_dtype)
     super().__init__(config.hidden_size, kernel=kernel, rngs=rngs, **dtypes)
 
-  def __call__(self, x, rotation):
+  def __call__(self, x, rotation, linear=_apply):
     return super().__call__(x)
 
 
