@@ -101,7 +101,6 @@ from lrjax.penalties import add_penalty, frobenius, frobenius_decay
 from lrjax.refreshes import every, lazy
 from lrjax.residuals import drop, error_feedback, scale_full, state_free
 
-# More parts of the loop.
 # Kernels of other shapes.
 from lrjax.resizing import resize
 
