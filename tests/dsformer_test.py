@@ -211,6 +211,13 @@ def test_nothing_dense_is_kept_for_the_backward_pass(mode):
   assert all(x is split.train for x in dense), [x.shape for x in dense]
 
 
+def test_a_narrow_last_block_has_no_atom_outside_it():
+  p = lrjax.dsformer(6, 2, 6, rounds=1)
+  split, _ = _imported(p, _normal(12, 16))
+  # Its four columns have four singular vectors; the other two atoms are rows.
+  assert (np.linalg.norm(split.fixed['basis'][:, 12:], axis=1) > 0.1).all()
+
+
 def test_a_zero_kernel_has_a_zero_code():
   p = lrjax.dsformer(4, 2, 6, rounds=1)
   split, error = _imported(p, jnp.zeros((12, 16)))

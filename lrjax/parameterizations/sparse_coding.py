@@ -44,10 +44,11 @@ def fit(key: jax.Array, K: jax.Array, atoms: int, nnz: int, rounds: int) -> Code
 
 
 def spectral(key: jax.Array, K: jax.Array, atoms: int) -> jax.Array:
-  """The leading right singular vectors of K, then rows of K drawn at random."""
-  _, _, Vt = factors.svd(K)
-  more = max(atoms - len(Vt), 0)
-  return jnp.concatenate([Vt[:atoms], jax.random.permutation(key, K)[:more]])
+  """The leading right singular vectors of K; beyond its rank rows of it at random."""
+  _, s, Vt = factors.svd(K)
+  D, found = jax.random.permutation(key, K)[:atoms], min(atoms, len(s))
+  in_span = s[:found] > 1e-6 * s[0]
+  return D.at[:found].set(jnp.where(in_span[:, None], Vt[:found], D[:found]))
 
 
 def omp(K: jax.Array, D: jax.Array, nnz: int) -> jax.Array:
