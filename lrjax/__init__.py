@@ -1,9 +1,8 @@
 """Low-rank training in JAX: one flat public list, grouped by family."""
 
-# Layers of hyperbolic space; weights in 8 bits.
+# Layers of hyperbolic space; weights in 8 bits; truncation of dense weights.
 from lrjax import hyperbolic, int8_weights, rank_truncation
 
-# Weights in 8 bits; dense weights that are truncated to a low rank.
 # Sums over micro-batches.
 from lrjax.accumulation import accumulate_sketches
 
@@ -101,7 +100,6 @@ from lrjax.penalties import add_penalty, frobenius, frobenius_decay
 from lrjax.refreshes import every, lazy
 from lrjax.residuals import drop, error_feedback, scale_full, state_free
 
-# More parts of the loop.
 # Kernels of other shapes.
 from lrjax.resizing import resize
 
