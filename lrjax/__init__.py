@@ -1,9 +1,8 @@
 """Low-rank training in JAX: one flat public list, grouped by family."""
 
-# Layers of hyperbolic space; weights in 8 bits.
+# Layers of hyperbolic space; weights in 8 bits; truncation of dense weights.
 from lrjax import hyperbolic, int8_weights, rank_truncation
 
-# Weights in 8 bits; dense weights that are truncated to a low rank.
 # Sums over micro-batches.
 from lrjax.accumulation import accumulate_sketches
 
