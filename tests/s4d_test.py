@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lrjax
@@ -296,6 +297,23 @@ def test_arrays_of_s4d_are_placed_and_not_projected():
   assert specs['glu']['kernel'] == P(None, 'tensor', 'fsdp')
   for name, leaf in params['layers']['attn']['ssm'].items():
     assert not lrjax.hidden_kernels(f'layers/attn/ssm/{name}', leaf), name
+
+
+def test_sharded_llama_with_s4d_is_the_same():
+  graphdef, params, rest = split(llama(dataclasses.replace(CONFIG, vocab_size=16)))
+  tokens = jax.random.randint(jax.random.key(1), (4, 10), 0, 16)
+
+  def f(params, tokens):
+    loss = lambda p: jnp.sum(nnx.merge(graphdef, p, rest)(tokens) ** 2)
+    return jax.value_and_grad(loss)(params)
+
+  mesh = jax.make_mesh((2, 2), ('fsdp', 'tensor'), axis_types=(AxisType.Auto,) * 2)
+  place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+  with jax.set_mesh(mesh):
+    spread = jax.tree.map(place, params, param_specs(params))
+    got = jax.device_get(jax.jit(f)(spread, place(tokens, P('fsdp'))))
+  close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+  jax.tree.map(close, got, jax.device_get(jax.jit(f)(params, tokens)))
 
 
 def test_config_of_the_mixer():
