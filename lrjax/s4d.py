@@ -132,8 +132,8 @@ def s4d_scan(
 ) -> tuple[jax.Array, jax.Array]:
   """The recurrence over a sequence by `lax.associative_scan`, with its last state.
 
-  States of one chunk are held at a time, forward and backward, so memory is
-  O(B H N chunk) and not O(B H N L).
+  States of one chunk are held at a time, and one state of each chunk for the backward
+  pass, so memory is O(B H N (chunk + L / chunk)) and not O(B H N L).
 
   Args:
     params: those of `s4d_init`.
@@ -220,8 +220,10 @@ def _then(first, second):
 def _expm1_over(z):
   """(e^z - 1) / z, by its series where the difference would cancel."""
   small = jnp.abs(z) < 1e-3
-  far = jnp.where(small, 1, z)
-  return jnp.where(small, 1 + z / 2 * (1 + z / 3 * (1 + z / 4)), jnp.expm1(far) / far)
+  # Each branch sees harmless numbers where the other is taken, or gradients are NaN.
+  near, far = jnp.where(small, z, 0), jnp.where(small, 1, z)
+  series = 1 + near / 2 * (1 + near / 3 * (1 + near / 4))
+  return jnp.where(small, series, jnp.expm1(far) / far)
 
 
 def _vandermonde(v, log_dA, length):

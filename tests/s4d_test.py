@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lrjax
@@ -123,7 +124,8 @@ def test_stays_stable_whatever_an_update_does(discretization):
   params, _, _ = draw()
   keys = iter(jax.random.split(jax.random.key(3), len(params)))
   moved = {n: a + 4 * jax.random.normal(next(keys), a.shape) for n, a in params.items()}
-  K = np.abs(lrjax.s4d_kernel(moved, 3000, discretization))
+  kernel = jax.jit(lambda p: lrjax.s4d_kernel(p, 3000, discretization))
+  K = np.abs(kernel(moved))
   assert np.isfinite(K).all() and (K[-10:].max(0) <= K.max(0)).all()
 
 
@@ -131,7 +133,7 @@ def test_without_c_only_the_skip_is_left():
   params, u, _ = draw()
   params |= {n: jnp.zeros_like(params[n]) for n in ('c_real', 'c_imag')}
   want = u * params['skip'][None, None]
-  np.testing.assert_allclose(lrjax.s4d_convolve(params, u), want, atol=1e-6)
+  np.testing.assert_allclose(jax.jit(lrjax.s4d_convolve)(params, u), want, atol=1e-6)
 
 
 @BOTH
@@ -141,7 +143,7 @@ def test_small_steps(discretization):
   CB = jax.lax.complex(params['c_real'], params['c_imag'])
   CB = CB * jax.lax.complex(params['b_real'], params['b_imag'])
   want = math.exp(-14) * 2 * CB.sum(-1).real
-  K = lrjax.s4d_kernel(params, 1, discretization)[0]
+  K = jax.jit(lambda p: lrjax.s4d_kernel(p, 1, discretization)[0])(params)
   np.testing.assert_allclose(K, want, rtol=1e-4)
 
 
@@ -172,7 +174,7 @@ def test_bilinear_step_of_two_time_constants():
   params, _, _ = draw('real', state=2)
   params['log_dt'] = jnp.full(H, math.log(2.0))
   params['log_a_real'] = jnp.zeros((H, 1))
-  K = lrjax.s4d_kernel(params, 4, 'bilinear')
+  K = jax.jit(lambda p: lrjax.s4d_kernel(p, 4, 'bilinear'))(params)
   np.testing.assert_allclose(K[0], 2 * params['c_real'][:, 0], rtol=1e-5)
   np.testing.assert_allclose(K[1:], 0, atol=1e-5)
 
@@ -192,8 +194,9 @@ def test_bfloat16_is_computed_in_float32():
   params, u, _ = draw()
   half = lambda tree: jax.tree.map(lambda a: a.astype('bfloat16'), tree)
   single = lambda tree: jax.tree.map(lambda a: a.astype('float32'), tree)
-  got = lrjax.s4d_convolve(half(params), half(u))
-  want = lrjax.s4d_convolve(single(half(params)), single(half(u)))
+  run = jax.jit(lrjax.s4d_convolve)
+  got = run(half(params), half(u))
+  want = run(single(half(params)), single(half(u)))
   assert got.dtype == jnp.bfloat16
   np.testing.assert_array_equal(got, want.astype('bfloat16'))
 
@@ -226,8 +229,9 @@ def test_flax_layers_are_one_function():
   _, params, _ = split(layer)
   u = draw()[1]
   linen = LinenS4D(state=N, init_a='inv', kernel=kernel)
-  y = layer(u)
-  np.testing.assert_allclose(linen.apply({'params': params}, u), y, atol=1e-6)
+  y = nnx.jit(lambda layer: layer(u))(layer)
+  got = jax.jit(linen.apply)({'params': params}, u)
+  np.testing.assert_allclose(got, y, atol=1e-6)
   drawn = jax.eval_shape(linen.init, jax.random.key(0), u)['params']
   assert jax.tree.map(jnp.shape, drawn) == jax.tree.map(jnp.shape, params)
   step = jax.jit(lambda x, u: layer.step(x, u))
@@ -279,7 +283,8 @@ def test_llama_whose_mixer_is_s4d_learns_and_sees_no_future():
 def test_llama_scans_s4d_layers_like_a_loop():
   tokens = jnp.arange(10)[None] % 17
   loop = llama(dataclasses.replace(CONFIG, scan_layers=False))
-  np.testing.assert_allclose(loop(tokens), llama()(tokens), atol=1e-5)
+  run = nnx.jit(lambda model: model(tokens))
+  np.testing.assert_allclose(run(loop), run(llama()), atol=1e-5)
 
 
 def test_arrays_of_s4d_are_placed_and_not_projected():
@@ -292,6 +297,23 @@ def test_arrays_of_s4d_are_placed_and_not_projected():
   assert specs['glu']['kernel'] == P(None, 'tensor', 'fsdp')
   for name, leaf in params['layers']['attn']['ssm'].items():
     assert not lrjax.hidden_kernels(f'layers/attn/ssm/{name}', leaf), name
+
+
+def test_sharded_llama_with_s4d_is_the_same():
+  graphdef, params, rest = split(llama(dataclasses.replace(CONFIG, vocab_size=16)))
+  tokens = jax.random.randint(jax.random.key(1), (4, 10), 0, 16)
+
+  def f(params, tokens):
+    loss = lambda p: jnp.sum(nnx.merge(graphdef, p, rest)(tokens) ** 2)
+    return jax.value_and_grad(loss)(params)
+
+  mesh = jax.make_mesh((2, 2), ('fsdp', 'tensor'), axis_types=(AxisType.Auto,) * 2)
+  place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+  with jax.set_mesh(mesh):
+    spread = jax.tree.map(place, params, param_specs(params))
+    got = jax.device_get(jax.jit(f)(spread, place(tokens, P('fsdp'))))
+  close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+  jax.tree.map(close, got, jax.device_get(jax.jit(f)(params, tokens)))
 
 
 def test_config_of_the_mixer():

@@ -9,7 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lrjax.checks import positive_int
+from lrjax.checks import finite, positive_int
 from lrjax.parameterizations import factors
 from lrjax.parameterizations import random_features as rf
 from lrjax.parameterizations.factors import value
@@ -70,7 +70,8 @@ def snnk(
     threshold: c of `relu`; below 0 lets some negative features pass.
     M: above -1/4, for `cos`, `sin` and `exp`: the variance-reduced features of the paper,
       :math:`\sqrt{1 + 4 M} g.z` in place of g.z; the constants
-      :math:`e^{-2 M |g|^2} (1 + 4 M)^{in/2}` are in R.
+      :math:`e^{-2 M |g|^2} (1 + 4 M)^{in/2}`, about :math:`e^{-4 M^2 in}`, are in R, so it
+      is for a small M or few inputs.
 
   Returns:
     A Parameterization. `from_dense` puts W in the place of W0; its error is that of y
@@ -207,10 +208,13 @@ def solve_last_layer(
     split: its arrays.
     x: inputs (n, in).
     targets: Y (n, out).
-    ridge: :math:`\rho`.
+    ridge: :math:`\rho`, at least 0.
 
   Returns:
     The arrays with another readout; where it is not unique, the smallest.
+
+  Raises:
+    ValueError: for a negative `ridge`.
 
   Examples:
     >>> import jax, jax.numpy as jnp
@@ -220,10 +224,10 @@ def solve_last_layer(
     >>> bool(jnp.allclose(p.apply(split, x), 1, atol=1e-4))
     True
   """
-  R = split.train['readout']
+  R, root = split.train['readout'], math.sqrt(finite('ridge', ridge))
   put = lambda readout: split._replace(train={**split.train, 'readout': readout})
   F = kernel.apply(put(jnp.eye(len(R), dtype=R.dtype)), x)
   # As one system, because F'F has the square of its condition number.
-  F = jnp.concatenate([F, math.sqrt(ridge) * jnp.eye(len(R), dtype=F.dtype)])
+  F = jnp.concatenate([F, root * jnp.eye(len(R), dtype=F.dtype)])
   Y = jnp.concatenate([targets, jnp.zeros((len(R), R.shape[1]), targets.dtype)])
   return put(jnp.linalg.lstsq(F, Y)[0].astype(R.dtype))
