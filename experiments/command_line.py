@@ -193,7 +193,7 @@ def _lines(cls, tree, hints, prefix=''):
   texts = meanings(cls)
   for name, hint in children(cls).items():
     hint = hints.get(prefix + name, hint)
-    if children(hint):
+    if children(hint) or isinstance(hint, dict):
       yield from _lines(hint, tree.get(name, {}), hints, f'{prefix}{name}.')
     else:
       value = _shown(tree[name]) if name in tree else "the method's own"
