@@ -6,16 +6,19 @@ import time
 
 import pytest
 
+from experiments.config import Kernel
 from tests import runner
+
+# GaLore refits its subspaces every 5 steps; Maestro draws widths at each one and shrinks
+# every 3, so that kills come right at events too.
+RUN = runner.tiny(kernel=Kernel('maestro', {'rank': 8, 'shrink_every': 3}))
 
 
 @pytest.fixture(scope='module')
 def reference(tmp_path_factory):
   """The directory, the final bits and the metrics of an undisturbed run."""
   root = tmp_path_factory.mktemp('reference')
-  assert runner.finish(runner.command(runner.tiny(), root), root) == 0, runner.log_of(
-    root
-  )
+  assert runner.finish(runner.command(RUN, root), root) == 0, runner.log_of(root)
   return root, runner.final(root / 'runs' / 'tiny')
 
 
@@ -30,7 +33,7 @@ def rooted(tmp_path, reference):
 def test_sigkill_loses_no_bits(trial, tmp_path, reference):
   root, rng = rooted(tmp_path, reference), random.Random(trial)
   run = root / 'runs' / 'tiny'
-  words = runner.command(runner.tiny(), root, '--resume')
+  words = runner.command(RUN, root, '--resume')
   reached = []
   kills = sorted(rng.sample(range(1, 12), rng.choice([1, 1, 2])))
   for step in kills:
@@ -53,7 +56,7 @@ def test_sigkill_loses_no_bits(trial, tmp_path, reference):
 def test_signals_save_and_leave(number, tmp_path, reference):
   root = rooted(tmp_path, reference)
   run = root / 'runs' / 'tiny'
-  words = runner.command(runner.tiny(), root, '--resume')
+  words = runner.command(RUN, root, '--resume')
   with runner.started(words, root) as process:
     runner.wait_for_step(process, run, 5)
     process.send_signal(number)
@@ -69,7 +72,7 @@ def test_signals_save_and_leave(number, tmp_path, reference):
 @pytest.mark.slow
 def test_a_signal_before_the_first_step_leaves_without_a_save(tmp_path):
   run = tmp_path / 'runs' / 'tiny'
-  with runner.started(runner.command(runner.tiny(), tmp_path), tmp_path) as process:
+  with runner.started(runner.command(RUN, tmp_path), tmp_path) as process:
     # Nothing is compiled yet for this test: seconds pass before step 1.
     while process.poll() is None and not (run / 'config.json').exists():
       time.sleep(0.01)
