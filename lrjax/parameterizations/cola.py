@@ -31,9 +31,9 @@ def cola(
   entries of variance 1 / (in + out).
 
   Memory: r (in + out) weights, and as many of each moment. Multiplications 2 r
-  (in + out) a token, forward. Training keeps in + r + out numbers a token;
-  `LlamaConfig(remat='low_rank')` keeps the r of x a instead (CoLA-M), with the same
-  parameters and the same function.
+  (in + out) a token, forward. Training keeps in + 2 r + out numbers a token and kernel;
+  with `LlamaConfig(remat='low_rank')` (CoLA-M), of the same parameters and the same
+  function, a layer keeps 7 r and twice the residual stream.
 
   The dense import has units in pairs, because act(z) - act(-z) = z for all three: a is
   (a', -a') and b is (b'; -b') with a'b' the best approximation of rank r // 2, and the
