@@ -18,9 +18,10 @@ A Llama is such a network with `LlamaConfig(cross_layer=True)`; its kernel, such
 
 Weights: 4 h^2 + 3 h f in the first layer, (L - 1) (11 h r + 3 f r + 7) in the others.
 Kept for the backward pass beyond what low-rank layers keep: 5 h + 2 f outputs a token and
-layer. With `remat` these are kept at every eighth layer alone, from which a segment's
-outputs are computed forward again; 'low_rank' keeps all x A and the residual stream too,
-so that this costs the products with B and no attention.
+layer. With `remat` these are kept at every eighth layer alone, from which the outputs of
+the next eight are computed forward again; the first such segment has the dense layer and
+what eight does not divide. 'low_rank' keeps all x A and the residual stream too, so that
+outputs cost the products with B and no attention.
 
 The paper goes backward instead, :math:`Y_{l-1} = (Y_l - X_l A_l B_l) / \tilde\beta_l`,
 which we have not: in bfloat16 five such steps, with terms as large as the outputs or
@@ -49,7 +50,7 @@ def scales(config: LlamaConfig) -> nnx.Dict:
 
   They are float32 always, because bfloat16 would round most of their updates away.
   """
-  start = lambda: jnp.full(config.num_layers - 1, 0.5)
+  start = lambda: jnp.full(config.num_layers - 1, 0.5, jnp.float32)
   return nnx.Dict({role: nnx.Param(start()) for role in ROLES})
 
 
@@ -83,14 +84,18 @@ def run_layers(
     return run_layer(nnx.merge(graphdef, state), x, below, scale, rotation), None
 
   step = rematerialize(step, config.remat, scanned=True)
-  run = lambda carry, part: jax.lax.scan(step, carry, part)[0]
-  run = rematerialize(run, config.remat, scanned=False)
+  run = lambda carry, stack: jax.lax.scan(step, carry, stack)
+  start = lambda x, stack: run(run_layer(first, x, {}, {}, rotation), stack)[0]
+  count = config.num_layers - 1
+  head = count % SEGMENT if config.remat else count
   stack = states, {role: b[...] for role, b in beta.items()}
-  start = lambda x: run_layer(first, x, {}, {}, rotation)
-  carry = rematerialize(start, config.remat, scanned=False)(shard_batch(x))
-  segment = lambda i: jax.tree.map(lambda a: a[i : i + SEGMENT], stack)
-  for i in range(0, config.num_layers - 1, SEGMENT):
-    carry = run(carry, segment(i))
+  begin = jax.tree.map(lambda a: a[:head], stack)
+  carry = rematerialize(start, config.remat, scanned=False)(shard_batch(x), begin)
+  if head < count:
+    # A scan, so that no segment is computed again before its turn.
+    run = rematerialize(run, config.remat, scanned=True)
+    segments = lambda a: a[head:].reshape(-1, SEGMENT, *a.shape[1:])
+    carry, _ = jax.lax.scan(run, carry, jax.tree.map(segments, stack))
   return carry[0]
 
 
