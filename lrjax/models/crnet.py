@@ -1,10 +1,11 @@
 r"""CR-Net: each linear output is that of the layer below, rescaled, plus a low-rank term.
 
 Kong, Liang, Liu, Deng, Yuan, "CR-Net: Scaling Parameter-Efficient Training with
-Cross-Layer Low-Rank Structure", 2025, arXiv 2509.18993. A reconstruction: no official
-code was found. Sure are the equations, the dense first layer, that :math:`\beta` is
-trained, and the parameter totals; not found, and our choice, are the starts of
-:math:`\beta` (0.5) and of the factors (those of the kernel's parameterization).
+Cross-Layer Low-Rank Structure", 2025, arXiv 2509.18993. A reconstruction: the repository
+that the paper names could not be had. Sure are the equations, the dense first layer, that
+:math:`\beta` is trained, and the parameter totals, which come out. Not found, and our
+choice: that :math:`\beta` starts at 0.5, the factors as their parameterization has it, and
+that :math:`\beta = 0` counts as positive.
 
 For each of the positions P = q, k, v, o, gate, up, down, before rotation and activation:
 
