@@ -177,6 +177,18 @@ def test_number_of_nonlinearities_in_a_layer(gate_act, number):
   assert str(jax.make_jaxpr(loss)(params)).count('name=silu') == number
 
 
+@pytest.mark.parametrize(
+  'change, message',
+  [
+    ({'remat': 'lowrank'}, "remat must be a bool or one of low_rank, got 'lowrank'"),
+    ({'gate_act': 'relu'}, "gate_act must be one of silu, none, got 'relu'"),
+  ],
+)
+def test_unknown_choices_are_refused(change, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(CONFIG, **change)
+
+
 def test_a_model_without_its_gate_is_no_transformers_llama():
   with pytest.raises(ValueError, match="gate_act must be 'silu', got 'none'"):
     to_hf(dataclasses.replace(CONFIG, gate_act='none'))
@@ -198,7 +210,7 @@ BATCH = jax.random.randint(jax.random.key(5), (4, 33), 0, 16)
 
 
 def test_recomputation_changes_memory_and_nothing_else():
-  """One tree of parameters, one function, fewer bytes."""
+  """One tree, where the official CoLA-M cannot read the checkpoints of CoLA."""
   results, temporary = {}, {}
   for remat in (False, 'low_rank'):
     loss, params = loss_of(dataclasses.replace(WIDE, remat=remat), BATCH, rank=4)

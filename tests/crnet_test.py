@@ -141,16 +141,15 @@ def test_bfloat16_keeps_beta_in_float32():
 # Recomputation.
 
 
-@pytest.mark.parametrize('remat, segment', [(True, 8), ('low_rank', 3)])
+@pytest.mark.parametrize('remat, segment', [(True, 8), ('low_rank', 2)])
 def test_recomputation_changes_memory_and_nothing_else(remat, segment, monkeypatch):
-  monkeypatch.setattr(crnet, 'SEGMENT', segment)  # 3: two of them, the second shorter
+  monkeypatch.setattr(crnet, 'SEGMENT', segment)  # 2: after 1 + 1, two of them
   params = spread(build()[1])
   plain = gradient()
   run = gradient(dataclasses.replace(CONFIG, remat=remat))
   want = plain(params)
   assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(want))
-  # Gradients of 1, in sums of 128 positions.
-  assert largest(run(params), want) < 5e-6
+  assert largest(run(params), want) < 1e-6
   before, after = (f.memory_analysis().temp_size_in_bytes for f in (plain, run))
   assert after < before / 2, (before, after)
 

@@ -120,7 +120,9 @@ def _check(name, kind, value):
     raise TypeError(f'{name} must be of type {told}, got {got}')
   if isinstance(value, str):
     if value not in names:
-      raise ValueError(f'{name} must be one of {", ".join(names)}, got {value!r}')
+      either = 'a bool or ' if bool in kinds else ''
+      told = f'{either}one of {", ".join(names)}'
+      raise ValueError(f'{name} must be {told}, got {value!r}')
   elif value is not None and bool not in kinds and not 0 < value < math.inf:
     raise ValueError(f'{name} must be positive and finite, got {value!r}')
 

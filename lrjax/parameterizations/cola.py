@@ -31,9 +31,9 @@ def cola(
   entries of variance 1 / (in + out).
 
   Memory: r (in + out) weights, and as many of each moment. Multiplications 2 r
-  (in + out) a token, forward. Training keeps in + r + out numbers a token;
-  `LlamaConfig(remat='low_rank')` keeps the r of x a instead (CoLA-M), with the same
-  parameters and the same function.
+  (in + out) a token, forward. Training keeps in + 2 r + out numbers a token and kernel;
+  with `LlamaConfig(remat='low_rank')` (CoLA-M), of the same parameters and the same
+  function, a layer keeps 7 r and twice the residual stream.
 
   The dense import has units in pairs, because act(z) - act(-z) = z for all three: a is
   (a', -a') and b is (b'; -b') with a'b' the best approximation of rank r // 2, and the
@@ -46,7 +46,8 @@ def cola(
   exported or changed in rank later: no matrix stands for the map. At small budgets,
   10 to 30 % of the weights, comparisons by others have it behind sparse plus low-rank.
   LLaMA's own SiLU in the gated layer stays at 60M and 130M and is dropped from 350M on:
-  `LlamaConfig(gate_act='none')`.
+  `LlamaConfig(gate_act='none')`. The published runs have AdamW with weight decay 0.01,
+  gradients clipped at 0.5, and rates from 6e-3 (60M) to 2e-3 (1B).
 
   Args:
     rank: r, at most min(in, out). The paper has a quarter of the hidden size.
