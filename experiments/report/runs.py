@@ -4,7 +4,7 @@
 - `metrics.jsonl`: `{"step", "split", "loss", ...}` with `split` 'train' or 'valid',
   the loss in nats a token; one that is not finite is null, 'nan', 'inf' or '-inf'; and
   where subspaces were measured `{"step", "split": "subspace", "captured_energy",
-  "overlap", ...}`.
+  "overlap", ...}`, where events ran `{"step", "split": "event", ...}`.
 - `timing.jsonl`: `{"step", "seconds", "refresh", ...}`, the time of each step alone.
 - `summary.json`: a `Summary`, written at the end.
 
@@ -130,6 +130,14 @@ class Run(NamedTuple):
     return np.interp(steps, timed, np.cumsum(seconds * np.diff(timed, prepend=0)))
 
 
+# Numbers that are read of the lines of each split.
+_PLOTTED = {
+  'train': ('loss',),
+  'valid': ('loss',),
+  'subspace': ('captured_energy', 'overlap'),
+}
+
+
 def load_run(directory: str | os.PathLike) -> Run:
   """Reads the directory of a run.
 
@@ -147,13 +155,13 @@ def load_run(directory: str | os.PathLike) -> Run:
   summary = _read_object(directory / 'summary.json')
   known = {field.name for field in dataclasses.fields(Summary)}
   summary = {name: value for name, value in summary.items() if name in known}
-  splits: dict[str, dict[int, tuple]] = {'train': {}, 'valid': {}, 'subspace': {}}
+  splits: dict[str, dict[int, tuple]] = {split: {} for split in _PLOTTED}
   for where, line in _read_lines(directory / 'metrics.jsonl'):
     step = _number(line, 'step', where, int)
     split = line.get('split', 'train')
     if not isinstance(split, str):
       raise ValueError(f'{where}: split must be a name, got {repr(split)[:80]}')
-    names = ('captured_energy', 'overlap') if split == 'subspace' else ('loss',)
+    names = _PLOTTED.get(split, ())
     values = tuple(_number(line, name, where, float) for name in names)
     splits.setdefault(split, {})[step] = values
   timing = {}

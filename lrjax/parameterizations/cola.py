@@ -13,12 +13,8 @@ from lrjax.parameterizations import factors
 from lrjax.parameterizations.factors import value
 from lrjax.types import Parameterization, Split
 
-_ACTS = {
-  None: lambda z: z,
-  'silu': jax.nn.silu,
-  'relu': jax.nn.relu,
-  'gelu': lambda z: jax.nn.gelu(z, approximate=False),
-}
+# Those with act(z) - act(-z) = z, by which a dense import is exact.
+_ACTS = {None: lambda z: z} | {n: factors.ACTS[n] for n in ('silu', 'relu', 'gelu')}
 
 
 @value
