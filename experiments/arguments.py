@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from experiments import command_line
-from experiments.config import PRESETS, Experiment
+from experiments.config import Experiment
+from experiments.presets import PRESETS
 from experiments.schema import Scalar, members, one_of
 
 # Parameters of methods that other keys of a config give.

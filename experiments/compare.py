@@ -51,8 +51,8 @@ def compare(words: Sequence[str], preemption: Preemption) -> None:
   """Trains what is not finished yet, and writes one report of all runs."""
   from experiments import rundir, tuning
   from experiments.arguments import parse_args
-  from experiments.config import COMPARISONS
   from experiments.optimizers import METHODS
+  from experiments.presets import COMPARISONS
 
   asked, runs = parse_args(words, METHODS, COMPARISONS, Command)
   runs, sweep = chosen(runs, asked.methods), sweep_of(asked)
@@ -99,8 +99,9 @@ def chosen(runs: Sequence, names: Sequence[str]) -> tuple:
 
 def sweep_of(asked: Command) -> Any:
   """The `Sweep` that is asked for, by preset and flags; None: no sweep."""
-  from experiments.config import SWEEPS, Sweep
+  from experiments.config import Sweep
   from experiments.errors import ConfigError
+  from experiments.presets import SWEEPS
 
   known = SWEEPS.get(asked.preset)
   if known is None and asked.factors is None and asked.seeds is None:

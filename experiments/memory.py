@@ -62,8 +62,8 @@ def rows(sizes: Sequence[str], dtype: Dtype, names: Sequence[str] = ()) -> list[
     ConfigError: for an unknown size or method.
   """
   import lrjax
-  from experiments.config import PRESETS
   from experiments.optimizers import METHODS
+  from experiments.presets import PRESETS
 
   if unknown := {*names} - {*METHODS}:
     raise errors.ConfigError(f'methods: {unknown}; known: {", ".join(METHODS)}')

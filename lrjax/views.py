@@ -22,10 +22,19 @@ _PLAIN = re.compile(
   re.IGNORECASE,
 )
 
-# Arrays of parameterized kernels that are vectors, whatever stack they come in.
-_S4D = {'log_dt', 'log_a_real', 'a_imag', 'b_real', 'b_imag', 'c_real', 'c_imag', 'skip'}
-VECTORS = frozenset({'values', 'sigma', 'beta', 'theta'} | _S4D)
 # Arrays of diagonal state spaces: one vector for each feature.
+_S4D = {
+  'log_dt',
+  'log_a_real',
+  'a_imag',
+  'b_real',
+  'b_imag',
+  'c_real',
+  'c_imag',
+  'skip',
+}
+# Arrays of parameterized kernels that are vectors, whatever stack they come in.
+VECTORS = frozenset({'values', 'sigma', 'beta', 'theta'} | _S4D)
 
 Rules = Sequence[tuple[str, Any]]
 Where = str | Callable[[str, Any], bool]

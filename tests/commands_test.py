@@ -6,8 +6,8 @@ import pytest
 
 import lrjax
 from experiments import bench, compare, memory, train
-from experiments.config import PRESETS
 from experiments.optimizers import METHODS
+from experiments.presets import PRESETS
 
 pytestmark = pytest.mark.slow
 SMALL = {

@@ -14,16 +14,10 @@ import pytest
 import lrjax
 from experiments import optimizers
 from experiments.arguments import option_types, parse_args
-from experiments.config import (
-  COMPARISONS,
-  PRESETS,
-  Checkpoint,
-  Experiment,
-  Mesh,
-  Optimizer,
-)
+from experiments.config import Checkpoint, Experiment, Mesh, Optimizer
 from experiments.configuring import from_dict, to_dict
 from experiments.errors import ConfigError
+from experiments.presets import COMPARISONS, PRESETS
 from tests import runner
 
 

@@ -7,8 +7,9 @@ import math
 import pytest
 
 from experiments import errors, tuning
-from experiments.config import COMPARISONS, SWEEPS, Experiment, Sweep
+from experiments.config import Experiment, Sweep
 from experiments.configuring import to_dict
+from experiments.presets import COMPARISONS, SWEEPS
 from experiments.report import write_study
 from experiments.signals import Preemption
 from experiments.study import Study, findings, largest_size, next_runs, variant
