@@ -14,5 +14,13 @@ _flags = [
 os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *_flags]).strip()
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+@pytest.fixture(autouse=True, scope='module')
+def fresh_caches():
+  """Forgets what a file compiled: a process that kept thousands of programs was aborted."""
+  yield
+  jax.clear_caches()
