@@ -319,5 +319,5 @@ def test_sharded_llama_with_s4d_is_the_same():
 def test_config_of_the_mixer():
   with pytest.raises(ValueError, match='mixer must be one of attention, s4d'):
     dataclasses.replace(CONFIG, mixer='mamba')
-  with pytest.raises(ValueError, match='no Llama whose mixer'):
+  with pytest.raises(ValueError, match="mixer must be 'attention', got 's4d'"):
     to_hf(CONFIG)

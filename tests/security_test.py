@@ -7,10 +7,12 @@ or a lock are in the tests of those.
 import ast
 import dataclasses
 import io
+import itertools
 import json
 import pathlib
 import pickle
 import shutil
+import typing
 import zipfile
 
 import jax
@@ -23,6 +25,7 @@ from experiments.arguments import option_types, parse_args
 from experiments.command_line import read_file
 from experiments.data import DataConfig, load_corpus, load_tokenizer
 from experiments.data.formats import format_of, read
+from experiments.kernels import KERNELS
 from experiments.optimizers import METHODS
 from experiments.report import load_run
 from experiments.schema import members, walk
@@ -264,7 +267,7 @@ def text_fields():
   fields |= {
     f'optimizer.options.{k}' for k, hint in options.items() if holds_text(hint)
   }
-  return sorted(fields - {'optimizer.options'})
+  return sorted(fields - {'optimizer.options', 'kernel.options'})
 
 
 @pytest.mark.parametrize('key', sorted({*text_fields()} - FREE))
@@ -273,6 +276,26 @@ def test_names_come_from_fixed_lists(key):
     with pytest.raises(ValueError, match=r'must be|expected|not one of|unknown'):
       _, (experiment,) = parse_args([f'--{key}={attack}'], METHODS)
       optimizers.make(experiment)
+
+
+def _flat(hint):
+  """The values of literals and the members of unions in a type."""
+  parts = typing.get_args(hint)
+  return [x for part in parts for x in (_flat(part) or [part])]
+
+
+def test_options_of_kernels_come_from_fixed_lists():
+  found = [
+    (name, option)
+    for name, make in KERNELS.items()
+    for option, hint in (option_types(make) or {}).items()
+    if any(isinstance(x, str) for x in _flat(hint))
+  ]
+  assert ('factorized', 'init') in found
+  for (name, option), attack in itertools.product(found, ATTACKS):
+    flags = [f'--kernel.name={name}', f'--kernel.options.{option}={attack}']
+    with pytest.raises(errors.ConfigError, match='expected'):
+      parse_args(flags, METHODS)
 
 
 @pytest.mark.parametrize('attack', ATTACKS)
