@@ -208,9 +208,9 @@ class _Loop:
         position = found.data_state['next_index']
         return found.state, found.step, position, found.quarantined
     with jax.set_mesh(self.program.mesh):
-      begin = self.program.init if self.dense is None else self.program.start
-      args = () if self.dense is None else (self.dense,)
-      return begin(*args), 0, self.experiment.warm_steps, []
+      cold = self.dense is None
+      state = self.program.init() if cold else self.program.start(self.dense)
+    return state, 0, self.experiment.warm_steps, []
 
   def _count_attempt(self) -> int:
     path = self.where.path / 'attempts.json'

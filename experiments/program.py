@@ -115,8 +115,10 @@ def build(experiment: Experiment) -> Program:
   rate = optimizers.schedule(experiment)
   kept = storage(experiment)
   kernel = kernels.make(experiment)
-  rngs = lambda: nnx.Rngs(experiment.seed)
-  model = lambda: Llama(experiment.model, kernel=kernel, rngs=rngs())
+
+  def model() -> Llama:
+    return Llama(experiment.model, kernel=kernel, rngs=nnx.Rngs(experiment.seed))
+
   try:
     abstract_model = nnx.eval_shape(model)
   except ValueError as e:  # a rank or a density that no kernel has
@@ -126,7 +128,7 @@ def build(experiment: Experiment) -> Program:
   each_step = lrjax.step_events(plan)
 
   def run_events(names: frozenset[str], state: Any, k: jax.Array) -> tuple[Any, Any]:
-    """Events change what is stored; those of kernels in 8 bits there are none of."""
+    """The state after events; they act on weights as stored, and int8 ones have none."""
     if not names:
       return state, {}
     weights = lrjax.Weights(state['params'], state['fixed'], state['opt'])
