@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from lrjax import residuals, transports
-from lrjax.moments import late_correction
+from lrjax.moments import held, late_correction
 from lrjax.refreshes import every
-from lrjax.stacks import all_of
+from lrjax.stacks import all_of, select
 from lrjax.types import Basis, Change, MatrixTransform, Refresh, Residual
 
 # An (r, k) array on which parts are tried for fit before there is any data.
@@ -107,16 +107,34 @@ def low_rank(
       refresh=refresh.after(s.refresh, old, new),
     ), good
 
-  def update(g: jax.Array, s: LowRankState) -> tuple[jax.Array, LowRankState]:
+  def update(g: jax.Array, s: LowRankState, ok: Any = True) -> tuple:
     g = residual.before(g, s.residual)
     low = basis.down(s.basis, g)
-    u, inner_state = inner.update(low, s.inner, None)
+    if not residual.needs_gradient:
+      return lift(low, s, len(g), ok)
+    u, inner_state = held(inner, low, s.inner, ok)
     up = lambda low: basis.up(s.basis, low, len(g))
     out, residual_state = residual.after(g, low, u, up, s.residual)
+    residual_state = select(jnp.asarray(ok), residual_state, s.residual)
     return out, s._replace(inner=inner_state, residual=residual_state)
 
-  subspace = None if matrix is None else lambda s, d: matrix(s.basis, d)
-  return MatrixTransform(init, update, due, refit, refresh.batched, subspace)
+  def lift(low: jax.Array, s: LowRankState, d: int, ok: Any) -> tuple:
+    u, inner_state = held(inner, low, s.inner, ok)
+    u = jnp.where(ok, u, 0)
+    up = lambda low: basis.up(s.basis, low, d)
+    out, _ = residual.after(None, low, u, up, s.residual)
+    return out, s._replace(inner=inner_state)
+
+  return MatrixTransform(
+    init,
+    update,
+    due,
+    refit,
+    batched=refresh.batched,
+    subspace=None if matrix is None else lambda s, d: matrix(s.basis, d),
+    holds=True,
+    lift=None if residual.needs_gradient else lift,
+  )
 
 
 def bias_corrected(tx: MatrixTransform, b1: float, b2: float) -> MatrixTransform:
@@ -134,11 +152,11 @@ def bias_corrected(tx: MatrixTransform, b1: float, b2: float) -> MatrixTransform
     A `MatrixTransform` with the same state.
   """
 
-  def update(g: jax.Array, s: LowRankState) -> tuple[jax.Array, LowRankState]:
-    u, s = tx.update(g, s)
+  def update(g: jax.Array, s: LowRankState, ok: Any = True) -> tuple:
+    u, s = tx.update(g, s, ok)
     return u * late_correction(s.inner.count, b1, b2), s
 
-  return tx._replace(update=update)
+  return tx._replace(update=update, lift=None)
 
 
 def dense_change(old: jax.Array, new: jax.Array) -> Change:

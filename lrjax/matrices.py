@@ -10,6 +10,7 @@ import optax
 
 from lrjax import sharding, stacks
 from lrjax.checks import closest, positive_int
+from lrjax.moments import Holding
 from lrjax.observing import observed
 from lrjax.recording import record
 from lrjax.stacks import LARGEST, Slot, all_of, select
@@ -150,15 +151,18 @@ def on_matrices(
         rest_params = _rest([(p, x) for (p, _), x in zip(plans, flat)])
       still = lambda x, like: jnp.where(rest_ok, x, 0).astype(like.dtype)
       g = jax.tree.map(still, g, g)
-      u, rest_state = plain.update(g, state.rest, rest_params, **extra)
+      moves = dict(move=rest_ok) if isinstance(plain, Holding) else {}
+      u, rest_state = plain.update(g, state.rest, rest_params, **moves, **extra)
       out |= jax.tree.map(still, u, g)
+      if not moves:
+        rest_state = select(rest_ok, rest_state, state.rest)
 
       tick = lambda flag, n: jnp.where(flag, optax.safe_increment(n), n)
       return treedef.unflatten([out[p.path] for p, _ in plans]), MatricesState(
         count=tick(counted, state.count),
         skipped=tick(~taken, state.skipped),
         slots=slots,
-        rest=select(rest_ok, rest_state, state.rest),
+        rest=rest_state,
       )
 
     placed = sharding.outside_explicit(step, (updates, state))

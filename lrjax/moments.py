@@ -12,6 +12,26 @@ from lrjax.checks import closest, finite, floating
 BiasCorrection = Literal['moments', 'step', 'none']
 
 
+class Holding(optax.GradientTransformationExtraArgs):
+  """A transformation whose `update` takes `move`, bool[], besides.
+
+  Where it is false nothing moves: the state comes back as it was, the updates mean
+  nothing. A select between the old state and a new one would do the same, but XLA then
+  copies the one and computes the other twice.
+  """
+
+
+def held(tx: optax.GradientTransformation, g: Any, s: Any, ok: Any) -> tuple[Any, Any]:
+  """`tx.update(g, s)`, with the state as it was where `ok`, bool[], is false."""
+  if ok is True:
+    return tx.update(g, s, None)
+  g = jax.tree.map(lambda x: jnp.where(ok, x, 0), g)
+  if isinstance(tx, Holding):
+    return tx.update(g, s, None, move=ok)
+  u, new = tx.update(g, s, None)
+  return u, jax.tree.map(lambda n, o: n if n is o else jnp.where(ok, n, o), new, s)
+
+
 class AdamState(NamedTuple):
   """Count of updates, first and second moments with the tree of the gradients."""
 
@@ -28,7 +48,7 @@ def adam(
   bias_correction: BiasCorrection = 'moments',
   mu_dtype: Any = None,
   nu_dtype: Any = None,
-) -> optax.GradientTransformation:
+) -> Holding:
   r"""Adam with a dtype for each moment and a choice of where the bias is corrected.
 
   .. math::
@@ -50,7 +70,8 @@ def adam(
     nu_dtype: stored dtype of V, likewise. The arithmetic is never below float32.
 
   Returns:
-    An `optax.GradientTransformation` with an `AdamState`.
+    An `optax.GradientTransformationExtraArgs` with an `AdamState`; `update` takes
+    `move`, see `lrjax.moments.Holding`.
 
   Raises:
     ValueError: for an unknown `bias_correction`, decays outside [0, 1), a negative eps.
@@ -74,10 +95,19 @@ def adam(
     )
     return AdamState(jnp.zeros([], jnp.int32), zeros(mu_dtype), zeros(nu_dtype))
 
-  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AdamState]:
+  def update(
+    updates: Any, state: Any, params: Any = None, *, move: Any = True, **extra: Any
+  ) -> tuple[Any, AdamState]:
     g, s = updates, state
     count = jnp.asarray(optax.safe_increment(s.count))
-    blend = lambda b, m, x: b * m.astype(wide(x)) + (1 - b) * x.astype(wide(x))
+    if move is True:
+      old, new = (lambda b: b), (lambda b: 1 - b)
+    else:
+      # 1 m - 0 x is m to the bit, also where m is -0.
+      count = jnp.where(move, count, s.count)
+      old = lambda b: jnp.where(move, b, 1.0)
+      new = lambda b: jnp.where(move, 1 - b, -0.0)
+    blend = lambda b, m, x: old(b) * m.astype(wide(x)) + new(b) * x.astype(wide(x))
     mu = jax.tree.map(lambda x, m: blend(b1, m, x), g, s.mu)
     nu = jax.tree.map(lambda x, v: blend(b2, v, jnp.square(x.astype(wide(x)))), g, s.nu)
     c1, c2 = 1 - b1**count, 1 - b2**count
@@ -95,7 +125,7 @@ def adam(
     out = jax.tree.map(direction, g, mu, nu)
     return out, AdamState(count, store(mu, s.mu), store(nu, s.nu))
 
-  return optax.GradientTransformation(init, update)
+  return Holding(init, update)
 
 
 def late_correction(count: jax.Array, b1: Any, b2: Any) -> jax.Array:

@@ -96,6 +96,8 @@ def observed(tx: MatrixTransform, period: int) -> MatrixTransform:
     due=due,
     refresh=None if tx.refresh is None else refresh,
     subspace=None,
+    holds=False,
+    lift=None,
   )
 
 

@@ -65,12 +65,16 @@ class Stack(NamedTuple):
 
   def step(self) -> tuple[jax.Array, Slot]:
     """The leaf's update and its state; nothing moves where `ok` is false."""
-    u, state = self.over_stack(self.rule.update)(self.g, self.slot.state)
+    update, held = self.over_stack(self.rule.update), (self.ok,) * self.rule.holds
+    u, state = update(self.g, self.slot.state, *held)
     u = u if self.scale == 1 else self.scale * u
-    # Selected in the leaf's own layout: XLA folds a transpose into the product that makes
-    # u, but not with a select between them.
-    u = jnp.where(spread(self.ok, self.plan), from_matrix(u, self.plan), 0)
-    state = select(self.ok, state, self.slot.state)
+    u = from_matrix(u, self.plan)
+    if self.rule.lift is None:
+      # Selected in the leaf's own layout: XLA folds a transpose into the product that
+      # makes u, but not with a select between them.
+      u = jnp.where(spread(self.ok, self.plan), u, 0)
+    if not held:
+      state = select(self.ok, state, self.slot.state)
     # A state that was started over asks for a refresh; a rule without one is done.
     overdue = self.slot.overdue * (self.rule.refresh is not None)
     return u.astype(self.leaf.dtype), Slot(overdue, state)

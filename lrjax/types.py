@@ -41,6 +41,11 @@ class MatrixTransform(NamedTuple):
       refreshed by one batched factorisation; False loops over those that are due.
     subspace: `(state, d) -> P (d, r)`, where updates come from, for diagnostics; None
       where there is no single P.
+    holds: whether `update` takes `ok`, bool[], as a third argument and leaves the state
+      as it is where that is false. Of the others both states are computed and one chosen.
+    lift: `(low (r, k), state, d, ok) -> (update (d, k), state)`, zero where `ok` is false:
+      what `update` does with :math:`P^\\top g` where it needs nothing else of g; None
+      where it does.
   """
 
   init: Callable
@@ -49,6 +54,8 @@ class MatrixTransform(NamedTuple):
   refresh: Callable | None = None
   batched: bool = True
   subspace: Callable | None = None
+  holds: bool = False
+  lift: Callable | None = None
 
 
 class Change(NamedTuple):
@@ -117,6 +124,7 @@ class Residual(NamedTuple):
     after: `(g, low (r, k), u (r, k), up, s) -> (update (d, k), s)`.
     projects: whether it relies on `up(down(g))` being a projection.
     per_column: whether it compares columns of g with those of `down(g)`.
+    needs_gradient: False where it keeps no state and reads neither `g` nor `low`.
   """
 
   init: Callable
@@ -124,6 +132,7 @@ class Residual(NamedTuple):
   after: Callable
   projects: bool = False
   per_column: bool = False
+  needs_gradient: bool = True
 
 
 class Codec(NamedTuple):
