@@ -96,6 +96,10 @@ from lrjax.parameterizations.switchlora import switchlora
 from lrjax.parameterizations.trp import trp
 from lrjax.penalties import add_penalty, frobenius, frobenius_decay
 
+# Gradients projected where they arise.
+from lrjax.probes import Probed
+from lrjax.projected import projected_value_and_grad, wants_gradient
+
 # The remaining parts of the loop.
 from lrjax.refreshes import every, lazy
 from lrjax.residuals import drop, error_feedback, scale_full, state_free
@@ -125,6 +129,7 @@ from lrjax.types import (
   Event,
   MatrixTransform,
   Parameterization,
+  Projected,
   Refresh,
   Residual,
   Split,
@@ -148,6 +153,8 @@ __all__ = [
   'MatrixTransform',
   'Parameterization',
   'Parts',
+  'Probed',
+  'Projected',
   'Refresh',
   'Residual',
   'Split',
@@ -221,6 +228,7 @@ __all__ = [
   'outlier_scores',
   'owlore',
   'polar',
+  'projected_value_and_grad',
   'projection_aware',
   'q_galore',
   'random_orthogonal',
@@ -280,5 +288,6 @@ __all__ = [
   'trp',
   'two_sided',
   'vector_adam',
+  'wants_gradient',
   'with_restarts',
 ]

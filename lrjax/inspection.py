@@ -8,7 +8,7 @@ import optax
 
 from lrjax.matrices import MatricesState, Slot, nodes
 from lrjax.observing import Diagnostics, ObservedState
-from lrjax.recording import Row, recording, tree_bytes
+from lrjax.recording import Row, noted, tree_bytes
 from lrjax.sampling import COUNTED
 from lrjax.views import leaf_path
 
@@ -68,15 +68,12 @@ def coverage(tx: optax.GradientTransformation, params: Any) -> Coverage:
   q/kernel    (512, 512)  in    128   1         786440
   parameters 1,050,624 bytes, optimizer state 790,548 bytes, 37.6 % of Adam (2,101,248)
   """
-  with recording() as seen:
-    # A new function each time: jax keeps traces by function, and a kept one records
-    # nothing.
-    state = jax.eval_shape(lambda p: tx.init(p), params)
+  seen, state = noted(tx, params)
   rows = []
   for path, x in jax.tree.leaves_with_path(params):
     name = leaf_path(path)
     default = Row(name, tuple(x.shape), '', None, 0, None, 'not seen by lrjax')
-    rows.append(seen.get(name, default))
+    rows.append(seen.rows.get(name, default))
   total = tree_bytes(params)
   return Coverage(tuple(rows), total, tree_bytes(state), 2 * total)
 

@@ -26,12 +26,15 @@ class MatricesState(NamedTuple):
   Attributes:
     count: int32[], steps taken.
     skipped: int32[], steps not taken because a gradient was not finite or too large.
+    wants_gradient: bool[], whether a basis is to be found at the next step, from a
+      gradient in full; where it is false `Projected` ones will do.
     slots: leaf path -> `Slot`, for each projected leaf.
     rest: state of the plain transformation on a dict, leaf path -> leaf, of the others.
   """
 
   count: jax.Array
   skipped: jax.Array
+  wants_gradient: jax.Array
   slots: dict[str, Slot]
   rest: optax.OptState
 
@@ -109,22 +112,27 @@ def on_matrices(
     # Two arrays: one buffer cannot be donated twice.
     count, skipped = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
     if not plans:  # the placeholder by which optax.tree.map_params finds its way
-      return MatricesState(count, skipped, params, plain.init(params))
-    slots = {p.path: _init_slot(rule(p.rank), p, x) for p, x in plans if not p.reason}
+      wants = jnp.asarray(False)
+      return MatricesState(count, skipped, wants, params, plain.init(params))
+    work = [(rule(p.rank), p, x) for p, x in plans if not p.reason]
+    slots = {p.path: _init_slot(r, p, x) for r, p, x in work}
+    rules = {p.path: r for r, p, _ in work}
     for plan, _ in plans:
-      record(plan, slots.get(plan.path))
-    return MatricesState(count, skipped, slots, plain.init(_rest(plans)))
+      record(plan, slots.get(plan.path), rules.get(plan.path))
+    wants = stacks.wants_gradient([(r, p, slots[p.path]) for r, p, _ in work], count)
+    return MatricesState(count, skipped, wants, slots, plain.init(_rest(plans)))
 
   def update(
     updates: Any, state: Any, params: Any = None, **extra: Any
   ) -> tuple[Any, MatricesState]:
-    plans = plan_tree(updates)
-    _check_like_init(plans, state, jax.eval_shape(init, updates))
+    like = stacks.in_full(updates)
+    plans = plan_tree(like)
+    _check_like_init(plans, state, jax.eval_shape(init, like))
     if not plans:
       return updates, state
 
     def step(updates: Any, state: MatricesState, params: Any, extra: dict) -> tuple:
-      leaves, treedef = jax.tree.flatten(updates)
+      leaves, treedef = jax.tree.flatten(updates, is_leaf=stacks.is_projected)
       here = [(p, x) for (p, _), x in zip(plans, leaves)]
       work = {
         p.path: stacks.examine(rule(p.rank), p, x, state.slots[p.path], factor(p))
@@ -158,14 +166,20 @@ def on_matrices(
         rest_state = select(rest_ok, rest_state, state.rest)
 
       tick = lambda flag, n: jnp.where(flag, optax.safe_increment(n), n)
+      count = tick(counted, state.count)
+      held = [(s.rule, s.plan, slots[path]) for path, s in work.items()]
       return treedef.unflatten([out[p.path] for p, _ in plans]), MatricesState(
-        count=tick(counted, state.count),
+        count=count,
         skipped=tick(~taken, state.skipped),
+        wants_gradient=stacks.wants_gradient(held, count),
         slots=slots,
         rest=rest_state,
       )
 
-    placed = sharding.outside_explicit(step, (updates, state))
+    # An update is placed like its gradient, or where that is projected like its leaf.
+    placed = sharding.outside_explicit(
+      step, (updates if like is updates or params is None else params, state)
+    )
     return placed(updates, state, params, extra)
 
   return optax.GradientTransformationExtraArgs(init, update)

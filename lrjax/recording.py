@@ -1,4 +1,4 @@
-"""Notes what transformations do with each leaf while a coverage report is made."""
+"""Notes what transformations do with each leaf, for those who ask before a step."""
 
 import contextlib
 import contextvars
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from lrjax.types import MatrixTransform
 from lrjax.views import LeafPlan
 
 _recorder: contextvars.ContextVar = contextvars.ContextVar('recorder', default=None)
@@ -35,18 +36,32 @@ class Row(NamedTuple):
   note: str
 
 
+class Seen(NamedTuple):
+  """What is noted.
+
+  Attributes:
+    rows: by path, what a coverage report tells.
+    rules: by path, the plan of each projected leaf and what is done to its matrices.
+  """
+
+  rows: dict[str, Row]
+  rules: dict[str, tuple[LeafPlan, MatrixTransform]]
+
+
 def tree_bytes(tree: Any) -> int:
   """Bytes of all arrays of a tree, abstract or not."""
   return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def record(plan: LeafPlan, slot: Any) -> None:
-  """Notes what became of a leaf, if a coverage report is being made."""
-  seen = _recorder.get()
-  if seen is None or (plan.reason and not _worse(seen.get(plan.path))):
+def record(plan: LeafPlan, slot: Any, rule: MatrixTransform | None) -> None:
+  """Notes what became of a leaf, if somebody asks."""
+  seen: Seen | None = _recorder.get()
+  if seen is None or (plan.reason and not _worse(seen.rows.get(plan.path))):
     return
   projected = not plan.reason
-  seen[plan.path] = Row(
+  if rule is not None:
+    seen.rules[plan.path] = plan, rule
+  seen.rows[plan.path] = Row(
     plan.path,
     plan.shape,
     plan.side or '',
@@ -58,8 +73,18 @@ def record(plan: LeafPlan, slot: Any) -> None:
 
 
 def rows_seen() -> dict[str, Row] | None:
-  """The rows noted so far, by path, if a coverage report is being made."""
-  return _recorder.get()
+  """The rows noted so far, by path, if somebody asks."""
+  seen = _recorder.get()
+  return None if seen is None else seen.rows
+
+
+def noted(tx: Any, params: Any) -> tuple[Seen, Any]:
+  """What `tx` does with each leaf, and its abstract state."""
+  with _recording() as seen:
+    # A new function each time: jax keeps traces by function, and a kept one records
+    # nothing.
+    state = jax.eval_shape(lambda p: tx.init(p), params)
+  return seen, state
 
 
 def _worse(row: Row | None) -> bool:
@@ -67,8 +92,8 @@ def _worse(row: Row | None) -> bool:
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[dict[str, Row]]:
-  seen: dict[str, Row] = {}
+def _recording() -> Iterator[Seen]:
+  seen = Seen({}, {})
   token = _recorder.set(seen)
   try:
     yield seen

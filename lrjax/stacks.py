@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrjax.types import MatrixTransform
+from lrjax.types import MatrixTransform, Projected
 from lrjax.views import LeafPlan, from_matrix, to_matrix
 
 # Above this a squared gradient comes near float32's end: the second moment would turn
@@ -37,7 +37,7 @@ class Stack(NamedTuple):
   Attributes:
     rule: what is done to each matrix.
     plan: how the leaf is a stack of matrices.
-    leaf: its gradient.
+    leaf: its gradient, in full or `Projected`.
     slot: their state.
     ok: bool (*stack), whether the gradient may be used.
     nonzero: bool (*stack), whether it can set a basis.
@@ -46,11 +46,16 @@ class Stack(NamedTuple):
 
   rule: MatrixTransform
   plan: LeafPlan
-  leaf: jax.Array
+  leaf: Any
   slot: Slot
   ok: jax.Array
   nonzero: jax.Array
   scale: float = 1.0
+
+  @property
+  def projected(self) -> bool:
+    """Whether only P'G is here."""
+    return is_projected(self.leaf)
 
   @property
   def g(self) -> jax.Array:
@@ -65,8 +70,14 @@ class Stack(NamedTuple):
 
   def step(self) -> tuple[jax.Array, Slot]:
     """The leaf's update and its state; nothing moves where `ok` is false."""
-    update, held = self.over_stack(self.rule.update), (self.ok,) * self.rule.holds
-    u, state = update(self.g, self.slot.state, *held)
+    held = (self.ok,) * self.rule.holds
+    if self.projected:
+      d = self.plan.matrix[0]
+      lift = lambda low, s, ok: self.rule.lift(low, s, d, ok)
+      low = wide(self.leaf.low)
+      u, state = self.over_stack(lift)(low, self.slot.state, self.ok)
+    else:
+      u, state = self.over_stack(self.rule.update)(self.g, self.slot.state, *held)
     u = u if self.scale == 1 else self.scale * u
     u = from_matrix(u, self.plan)
     if self.rule.lift is None:
@@ -81,13 +92,17 @@ class Stack(NamedTuple):
 
 
 def examine(
-  rule: MatrixTransform, plan: LeafPlan, leaf: jax.Array, slot: Slot, scale: float
+  rule: MatrixTransform, plan: LeafPlan, leaf: Any, slot: Slot, scale: float
 ) -> Stack:
   """A `Stack` whose flags tell which gradients are good."""
   assert plan.axes is not None
   _, ins, outs = plan.axes
-  # In the leaf's own layout: a transposed one would be written out for this alone.
-  most = largest(leaf, (*ins, *outs))
+  if is_projected(leaf):
+    _check_projected(rule, plan, leaf)
+    most = largest(leaf.low, (-2, -1))
+  else:
+    # In the leaf's own layout: a transposed one would be written out for this alone.
+    most = largest(leaf, (*ins, *outs))
   return Stack(rule, plan, leaf, slot, most < LARGEST, most > 0, scale)
 
 
@@ -111,21 +126,74 @@ def refresh(
     return stacks
   shifts = phases([stacks[i].plan.stack for i in at])
   due = [_due(stacks[i], step, phase) & moved for i, phase in zip(at, shifts)]
-  run = [d & stacks[i].ok & stacks[i].nonzero for i, d in zip(at, due)]
+  due = dict(zip(at, due))
+  run = {
+    i: d & stacks[i].ok & stacks[i].nonzero
+    for i, d in due.items()
+    if not stacks[i].projected
+  }
 
-  def refresh_all() -> list:
-    return [_refresh_leaf(stacks[i], r, step, seed) for i, r in zip(at, run)]
+  def refresh_all() -> dict:
+    return {i: _refresh_leaf(stacks[i], r, step, seed) for i, r in run.items()}
 
-  def refresh_none() -> list:
-    return [(stacks[i].slot.state, jnp.zeros_like(r)) for i, r in zip(at, run)]
+  def refresh_none() -> dict:
+    return {i: (stacks[i].slot.state, jnp.zeros_like(r)) for i, r in run.items()}
 
-  done = jax.lax.cond(~all_of(~r for r in run), refresh_all, refresh_none)
+  done: dict = {}
+  if run:
+    any_runs = ~all_of(~r for r in run.values())
+    done = jax.lax.cond(any_runs, refresh_all, refresh_none)
   out = list(stacks)
-  for i, d, r, (state, good) in zip(at, due, run, done):
-    failed = out[i].slot.overdue + r.astype(jnp.int32)
-    overdue = jnp.where(good, 0, jnp.maximum(failed, d.astype(jnp.int32)))
+  for i, d in due.items():
+    overdue, state = out[i].slot.overdue, out[i].slot.state
+    good = jnp.zeros_like(d)
+    if i in run:
+      overdue, (state, good) = overdue + run[i].astype(jnp.int32), done[i]
+    overdue = jnp.where(good, 0, jnp.maximum(overdue, d.astype(jnp.int32)))
     out[i] = out[i]._replace(slot=Slot(overdue, state))
   return out
+
+
+def wants_gradient(
+  leaves: list[tuple[MatrixTransform, LeafPlan, Slot]], step: jax.Array
+) -> jax.Array:
+  """bool[], whether a refresh is due at a step."""
+  at = [x for x in leaves if x[0].refresh is not None]
+  shifts = phases([plan.stack for _, plan, _ in at])
+  ok = jnp.asarray(True)
+  due = (
+    _due(Stack(rule, plan, None, slot, ok, ok), step, phase)
+    for (rule, plan, slot), phase in zip(at, shifts)
+  )
+  return ~all_of(~d for d in due)
+
+
+def is_projected(x: Any) -> bool:
+  """Whether a leaf is a projected gradient."""
+  return isinstance(x, Projected)
+
+
+def in_full(updates: Any) -> Any:
+  """The tree with an abstract array for each projected gradient."""
+  if not any(map(is_projected, jax.tree.leaves(updates, is_leaf=is_projected))):
+    return updates
+  whole = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if is_projected(x) else x
+  return jax.tree.map(whole, updates, is_leaf=is_projected)
+
+
+def _check_projected(rule: MatrixTransform, plan: LeafPlan, leaf: Projected) -> None:
+  if rule.lift is None:
+    raise TypeError(
+      f'leaf {plan.path!r}: this method needs the gradient in full, and got what'
+      ' lrjax.projected_value_and_grad makes for another one'
+    )
+  *stack, _, k = leaf.low.shape
+  if (*stack, k) != (*plan.stack, plan.matrix[1]) or leaf.side != plan.side:
+    raise ValueError(
+      f'leaf {plan.path!r}: a projected gradient of shape {leaf.low.shape}, side'
+      f' {leaf.side!r}, where {(*plan.stack, "r", plan.matrix[1])}, side'
+      f' {plan.side!r}, is compressed'
+    )
 
 
 def _due(s: Stack, step: jax.Array, phase: jax.Array) -> jax.Array:

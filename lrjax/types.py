@@ -5,6 +5,7 @@ low-rank quantities are (r, k). Flax kernels are (in, out).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,31 @@ class View(NamedTuple):
 
   reduction_axis: int | Sequence[int] = -2
   output_axis: int | Sequence[int] = -1
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=['low'],
+  meta_fields=['shape', 'dtype', 'side'],
+)
+@dataclasses.dataclass(frozen=True)
+class Projected:
+  """What a low-rank method needs of a gradient, in the place of the gradient.
+
+  A tree of gradients may hold it at the leaves that `on_matrices` projects; see
+  `lrjax.projected_value_and_grad`, which makes such trees.
+
+  Attributes:
+    low: :math:`P^\\top G` (*stack, r, k) for the basis P in the optimizer's state.
+    shape: of the gradient.
+    dtype: of the gradient.
+    side: 'in' or 'out', the side of the leaf that P compresses.
+  """
+
+  low: Any
+  shape: tuple[int, ...]
+  dtype: Any
+  side: str
 
 
 class MatrixTransform(NamedTuple):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lrjax.parameterizations.dense import dense
+from lrjax.probes import Probed
 from lrjax.types import Parameterization, PyTree, Split
 
 Precision = jax.lax.PrecisionLike
@@ -91,9 +92,9 @@ class Dense(nnx.Module):
 
   def arrays(self) -> Split:
     """The kernel's arrays in their stored dtype."""
-    values = lambda variables: {k: v[...] for k, v in variables.items()}
+    values = lambda variables: {k: v.get_value() for k, v in variables.items()}
     dict_kernel = isinstance(self.kernel, nnx.Dict)
-    train = values(self.kernel) if dict_kernel else self.kernel[...]
+    train = values(self.kernel) if dict_kernel else self.kernel.get_value()
     return Split(train, values(self.fixed))
 
 
@@ -113,7 +114,8 @@ def applied(
   """The kernel applied to x, both cast to `dtype`, with products of a precision."""
   cast = lambda a: in_dtype(a, dtype)
   with _at(precision):
-    return kernel.apply(jax.tree.map(cast, arrays), cast(x))
+    arrays = jax.tree.map(cast, arrays, is_leaf=lambda a: isinstance(a, Probed))
+    return kernel.apply(arrays, cast(x))
 
 
 def _at(precision: Precision) -> contextlib.AbstractContextManager:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from lrjax.parameterizations.factors import value
+from lrjax.probes import product
 from lrjax.types import Parameterization, Split
 
 
@@ -31,7 +32,7 @@ def dense(
   return Parameterization(
     init=lambda key, shape, dtype: Split(draw(key, shape, dtype)),
     from_dense=lambda key, W: (Split(jnp.asarray(W)), jnp.float32(0)),
-    apply=lambda split, x: x @ split.train,
+    apply=lambda split, x: product(x, split.train),
     materialize=lambda split: split.train,
     axes={'': ('in', 'out')},
   )

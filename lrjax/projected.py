@@ -1,0 +1,162 @@
+"""Gradients that are projected in the backward pass, for optimizers that ask no more."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lrjax.checks import closest
+from lrjax.matrices import MatricesState, nodes
+from lrjax.probes import Probed
+from lrjax.recording import noted
+from lrjax.types import MatrixTransform, Projected
+from lrjax.views import LeafPlan, leaf_path
+
+KEEP = ('input', 'projection')
+
+
+def projected_value_and_grad(
+  loss: Callable,
+  tx: optax.GradientTransformation,
+  *,
+  has_aux: bool = False,
+  keep: str = 'input',
+) -> Callable:
+  r"""`jax.value_and_grad`, with gradients projected before they are formed.
+
+  Where `tx` needs of a kernel's gradient :math:`G = X^\top \bar Y` no more than
+  :math:`P^\top G`, for N tokens and a kernel (m, n),
+
+  .. math::
+    P^\top G = (X P)^\top \bar Y, \quad \text{or}\ (\bar Y P)^\top X
+
+  costs `2 N r (m + n)` flops in place of `2 N m n`; no array (m, n) is formed, summed over
+  micro-batches or sent between devices, only (r, k). The numbers are those of projecting
+  the full gradient, up to rounding. Between refreshes that is all that GaLore, GaLore in 8
+  bits, Q-GaLore and their like need; Fira, FRUGAL, APOLLO and error feedback read the
+  whole gradient, and get it.
+
+  `loss` gets parameters in which such kernels are `Probed`: they can be cast, and multiplied
+  from the left, `x @ kernel`, also inside a scan over layers. The layers of
+  `lrjax.modules` do nothing else with them; see `lrjax.modules.linen.reads_probes` for the
+  `nn.Dense` of other models. Whatever else is done with one raises TypeError.
+
+  Refreshes need gradients in full, from `jax.value_and_grad`; `wants_gradient` tells when:
+
+    steady, full = (jax.jit(functools.partial(step, f)) for f in (
+      lrjax.projected_value_and_grad(loss, tx), full_value_and_grad))
+    for batch in data:
+      step = full if lrjax.wants_gradient(opt_state) else steady
+      params, opt_state, value = step(params, opt_state, batch)
+
+  where `full_value_and_grad` is `lambda params, opt_state, batch:
+  jax.value_and_grad(loss)(params, batch)`.
+
+  Args:
+    loss: `(params, *args) -> value`, or `(value, aux)`.
+    tx: the optimizer, alone or within `optax.chain`. What comes ahead of it in the chain
+      sees projected gradients: a clip by global norm clips by their norm.
+    has_aux: see `jax.value_and_grad`.
+    keep: 'input' keeps the layers' inputs for the backward pass as usual; 'projection'
+      keeps X P where P compresses the inputs, which saves memory where nothing else
+      needs X.
+
+  Returns:
+    `(params, opt_state, *args) -> (value, gradients)`, to be called under jit; gradients
+    hold `Projected` at the leaves concerned, arrays at all others.
+
+  Raises:
+    ValueError: for an unknown `keep`.
+
+  >>> import lrjax
+  >>> tx = lrjax.galore(1e-2, rank=2)
+  >>> params = {'kernel': jnp.ones((8, 16)), 'bias': jnp.zeros(16)}
+  >>> loss = lambda params, x: (x @ params['kernel'] + params['bias'][None]).sum()
+  >>> state = tx.init(params)
+  >>> _, grads = projected_value_and_grad(loss, tx)(params, state, jnp.ones((3, 8)))
+  >>> grads['kernel'].low.shape, grads['bias'].shape
+  ((2, 16), (16,))
+  >>> updates, state = tx.update(grads, state, params)
+  """
+  if keep not in KEEP:
+    raise ValueError(f'unknown `keep` {keep!r}; {closest(str(keep), KEEP)}')
+
+  def run(params: Any, opt_state: Any, *args: Any) -> tuple[Any, Any]:
+    leaves, treedef = jax.tree.flatten_with_path(params)
+    bases = _bases(tx, params, opt_state)
+    paths = [leaf_path(path) for path, _ in leaves]
+    arrays = [x for _, x in leaves]
+
+    def probe(path: str, x: jax.Array) -> jax.Array:
+      if path not in bases:
+        return x
+      plan, p = bases[path]
+      shape = (*plan.stack, p.shape[-1], plan.matrix[1])
+      return jnp.zeros(shape, jnp.promote_types(x.dtype, jnp.float32))
+
+    def insert(path: str, x: jax.Array, q: jax.Array) -> Any:
+      if path not in bases:
+        return q
+      plan, p = bases[path]
+      return Probed(x, p, q, plan.side or '', keep)
+
+    def probed(trained: list) -> Any:
+      put = [insert(*each) for each in zip(paths, arrays, trained)]
+      return loss(treedef.unflatten(put), *args)
+
+    def gradient(path: str, x: jax.Array, g: jax.Array) -> Any:
+      if path not in bases:
+        return g
+      return Projected(g, x.shape, x.dtype, bases[path][0].side or '')
+
+    trained = [probe(*each) for each in zip(paths, arrays)]
+    value, grads = jax.value_and_grad(probed, has_aux=has_aux)(trained)
+    grads = [gradient(*each) for each in zip(paths, arrays, grads)]
+    return value, treedef.unflatten(grads)
+
+  return run
+
+
+def wants_gradient(opt_state: Any) -> jax.Array:
+  """Whether the next update finds a basis, and so needs gradients in full.
+
+  Args:
+    opt_state: the state of any optax transformation that holds lrjax ones.
+
+  Returns:
+    bool[]; false if there is no lrjax state.
+
+  >>> import lrjax
+  >>> tx = lrjax.galore(1e-2, rank=1, update_proj_gap=10)
+  >>> params = {'kernel': jnp.ones((2, 3))}
+  >>> state = tx.init(params)
+  >>> _, later = tx.update(params, state, params)
+  >>> bool(wants_gradient(state)), bool(wants_gradient(later))
+  (True, False)
+  """
+  flags = [m.wants_gradient for m in nodes(opt_state, MatricesState)]
+  return jnp.any(jnp.array([False, *flags]))
+
+
+def _bases(tx: Any, params: Any, opt_state: Any) -> dict[str, tuple]:
+  """Path -> plan and P (*stack, d, r) of the leaves whose projection is enough."""
+  seen, _ = noted(tx, params)
+  slots = {k: v for m in nodes(opt_state, MatricesState) for k, v in m.slots.items()}
+  shapes = {leaf_path(p): x.shape for p, x in jax.tree.leaves_with_path(params)}
+  found = {}
+  for path, (plan, rule) in seen.rules.items():
+    if _enough(plan, rule) and plan.shape == shapes[path]:
+      matrix: Callable = lambda s, rule=rule, d=plan.matrix[0]: rule.subspace(s, d)
+      for _ in plan.stack:
+        matrix = jax.vmap(matrix)
+      found[path] = plan, matrix(slots[path].state)
+  return found
+
+
+def _enough(plan: LeafPlan, rule: MatrixTransform) -> bool:
+  """Whether P'G is enough, and is found in a product with the last two axes."""
+  n = len(plan.shape)
+  in_order = plan.axes == (tuple(range(n - 2)), (n - 2,), (n - 1,))
+  return in_order and rule.lift is not None and rule.subspace is not None
