@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from lrjax.modules.linen import plain_dense
 from lrjax.modules.nnx import applied, in_dtype
 from lrjax.modules.rules import Rules, check_rules, choose
 from lrjax.types import Parameterization, PyTree, Split
@@ -173,12 +174,7 @@ def _call(
   layer: nn.Dense, path: str, p: Parameterization, met: Met, inputs: jax.Array
 ) -> jax.Array:
   """What `nn.Dense` does, with another kernel."""
-  for name in ('dot_general', 'dot_general_cls', 'promote_dtype'):
-    if getattr(layer, name) is not getattr(nn.Dense, name):
-      raise ValueError(
-        f'{path}: its own `{name}` would not be used by a parameterized kernel; leave the'
-        f' layer by a rule ({path!r}, None) ahead of the others'
-      )
+  plain_dense(layer, path)
   inputs = jnp.asarray(inputs)
   shape = (inputs.shape[-1], layer.features)
 
