@@ -43,6 +43,8 @@ class Optimizer:
     restart_warmup: updates of each rise.
     restart_start: where it starts, as a fraction of where it ends.
     frobenius_decay: weight of half the squared norm of factorized kernels in the loss.
+    projected_backward: form only the projections of gradients, except at refreshes; for
+      methods that need no more. Gradient norms are then those of what is formed.
     options: further keyword arguments of the method.
   """
 
@@ -58,6 +60,7 @@ class Optimizer:
   restart_warmup: int = 10
   restart_start: float = 0.0
   frobenius_decay: float = 0.0
+  projected_backward: bool = False
   options: Mapping[str, Scalar] = dataclasses.field(
     default_factory=dict, metadata={'follows': 'name'}
   )
@@ -74,6 +77,11 @@ class Optimizer:
     longer = lambda x: x is None or x > warmup
     _require(self, 'restart_every', longer, f'none or above restart_warmup={warmup}')
     _require(self, 'restart_start', lambda x: 0 <= x <= 1, 'between 0 and 1')
+    if self.projected_backward and self.clip:
+      raise ValueError(
+        f'projected_backward needs clip=0, got clip={self.clip}: the norm of a gradient of'
+        ' which only a projection is formed is not known'
+      )
 
 
 @dataclasses.dataclass(frozen=True)

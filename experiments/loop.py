@@ -30,6 +30,7 @@ from experiments.optimizers import update_gap
 from experiments.progress import Progress
 from experiments.signals import Preemption
 from experiments.summary import summarise
+from lrjax import wants_gradient
 from lrjax.views import leaf_path
 
 # A resumed run may be spread and saved differently; nothing else may change unasked.
@@ -137,7 +138,11 @@ class _Loop:
   def run(self) -> None:
     """Steps, logs, evaluates and saves until the end, or until asked to leave."""
     e = self.experiment
-    step_fn, compile_seconds = self._compile()
+    step_fn, compile_seconds = self._compile(self.program.step)
+    projected_fn = None
+    if self.program.projected_step is not None:
+      projected_fn, more = self._compile(self.program.projected_step)
+      compile_seconds += more
     memory = step_fn.memory_analysis()
     self.temporary_bytes = None if memory is None else memory.temp_size_in_bytes
     batches = iterator_at(train_batches(self.corpus, e.seed), self.position)
@@ -147,7 +152,10 @@ class _Loop:
     pending = None
     for step in range(self.start + 1, e.steps + 1):
       tokens = place(next(batches), self.program)['tokens']
-      self.state, metrics = step_fn(self.state, tokens)
+      take = step_fn
+      if projected_fn is not None and not wants_gradient(self.state['opt']):
+        take = projected_fn
+      self.state, metrics = take(self.state, tokens)
       # One step behind, so that the device has work while the host logs.
       if pending is not None:
         self._log(*pending)
@@ -187,13 +195,13 @@ class _Loop:
         f'{e.name}: interrupted; step {step} of {e.steps} is saved, go on with --resume'
       )
 
-  def _compile(self) -> tuple[Any, float]:
-    """The compiled training step, and the seconds it took."""
+  def _compile(self, step: Any) -> tuple[Any, float]:
+    """A compiled training step, and the seconds it took."""
     shape = (self.experiment.data.batch_size, self.experiment.data.seq_len + 1)
     tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=self.program.batch_sharding)
     start = time.perf_counter()
     with jax.set_mesh(self.program.mesh):
-      compiled = self.program.step.lower(self.program.state, tokens).compile()
+      compiled = step.lower(self.program.state, tokens).compile()
     return compiled, time.perf_counter() - start
 
   def _restore(self, allowed: Sequence[str]) -> tuple[Any, int, int, list]:

@@ -1,58 +1,18 @@
-"""What a run computes: its state, one training step, one evaluation step."""
+"""The compiled parts of a run, and where its arrays live on a mesh."""
 
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import lrjax
-from experiments import kernels, optimizers
+from experiments.computation import Computation
 from experiments.config import Experiment
 from experiments.errors import ConfigError
-from lrjax import int8_weights
-from lrjax.models.llama import Llama, next_token_loss
 from lrjax.models.llama_params import param_specs
-from lrjax.modules.nnx import kernels as plan_of
-from lrjax.modules.nnx import split
-
-
-class Storage(NamedTuple):
-  """How weights are kept between steps.
-
-  Attributes:
-    encode: weights -> what the state holds.
-    decode: its inverse, the weights of a step.
-    move: (key, stored, updates) -> stored.
-    specs: (weights, their specs) -> specs of what is stored.
-  """
-
-  encode: Callable[[Any], Any]
-  decode: Callable[[Any], Any]
-  move: Callable[[jax.Array, Any, Any], Any]
-  specs: Callable[[Any, Any], Any]
-
-
-def storage(experiment: Experiment) -> Storage:
-  """What the config says of the weights."""
-  if experiment.optimizer.weights == 'int8':
-    dtype = experiment.model.param_dtype
-    return Storage(
-      int8_weights.quantize,
-      lambda stored: int8_weights.dequantize(stored, dtype),
-      int8_weights.apply_updates,
-      int8_weights.weight_specs,
-    )
-  return Storage(
-    encode=lambda params: params,
-    decode=lambda stored: stored,
-    move=lambda key, stored, updates: optax.apply_updates(stored, updates),
-    specs=lambda params, specs: specs,
-  )
 
 
 class Program(NamedTuple):
@@ -61,13 +21,13 @@ class Program(NamedTuple):
   Attributes:
     mesh: of devices, axes data, fsdp, tensor.
     batch_sharding: of token arrays (batch, positions).
-    state: the state's tree of `ShapeDtypeStruct`s with shardings: params (as they are
-      stored), fixed, opt, step (updates tried), skipped and bad (not taken: in all, in a
-      row).
+    state: the state's tree of `ShapeDtypeStruct`s with shardings, see `Computation`.
     weights: the tree of `ShapeDtypeStruct`s of the weights in a step.
     init: `() -> state`.
     start: `params with dense kernels -> state`.
     step: jitted `(state, tokens) -> (state, metrics)`; donates the state.
+    projected_step: the same for steps at which `lrjax.wants_gradient` is false; None if
+      the config does not ask for it.
     evaluate: jitted `(params, fixed, tokens, mask) -> (nats, count)`.
     gradients: jitted `(params, fixed, tokens) -> gradients`, to look into failures.
     tx: the optimizer.
@@ -82,6 +42,7 @@ class Program(NamedTuple):
   init: Callable[[], Any]
   start: Callable[[Any], Any]
   step: Any
+  projected_step: Any
   evaluate: Callable
   gradients: Callable
   tx: optax.GradientTransformation
@@ -111,101 +72,10 @@ def make_mesh(experiment: Experiment) -> Mesh:
 
 def build(experiment: Experiment) -> Program:
   """Everything an experiment computes; nothing is compiled or allocated yet."""
-  mesh, tx = make_mesh(experiment), optimizers.make(experiment)
-  rate = optimizers.schedule(experiment)
-  kept = storage(experiment)
-  kernel = kernels.make(experiment)
-
-  def model() -> Llama:
-    return Llama(experiment.model, kernel=kernel, rngs=nnx.Rngs(experiment.seed))
-
-  try:
-    abstract_model = nnx.eval_shape(model)
-  except ValueError as e:  # a rank or a density that no kernel has
-    raise ConfigError(f'kernel {experiment.kernel.name}: {e}') from e
-  graphdef, params, fixed = split(abstract_model)
-  plan = plan_of(abstract_model)
-  each_step = lrjax.step_events(plan)
-
-  def run_events(names: frozenset[str], state: Any, k: jax.Array) -> tuple[Any, Any]:
-    """The state after events; they act on weights as stored, and int8 ones have none."""
-    if not names:
-      return state, {}
-    weights = lrjax.Weights(state['params'], state['fixed'], state['opt'])
-    new, report = lrjax.run_events(plan, names, weights, k, tx=tx, seed=experiment.seed)
-    changed = dict(params=new.params, fixed=new.fixed, opt=new.opt_state)
-    return state | changed, report
-
-  def init() -> Any:
-    return state_of(*split(model())[1:])
-
-  def start(dense: Any) -> Any:
-    key = jax.random.key(experiment.seed)
-    return state_of(*lrjax.convert(plan, dense, key)[:2])
-
-  def state_of(params: Any, fixed: Any) -> Any:
-    zero = jnp.zeros([], jnp.int32)
-    counts = dict(step=zero, skipped=zero, bad=zero)
-    stored = kept.encode(params)
-    state = dict(params=stored, fixed=fixed, opt=tx.init(params), **counts)
-    return run_events(each_step, state, zero)[0]
-
-  def loss(params: Any, fixed: Any, tokens: jax.Array) -> jax.Array:
-    logits = nnx.merge(graphdef, params, fixed)(tokens[:, :-1])
-    nats, count = next_token_loss(logits, tokens[:, 1:])
-    return nats / count
-
-  def step(state: Any, tokens: jax.Array) -> tuple[Any, dict[str, Any]]:
-    stored, fixed = state['params'], state['fixed']
-    params = kept.decode(stored)
-    value, grads = jax.value_and_grad(loss)(params, fixed, tokens)
-    norm = global_norm(grads)
-    updates, opt = tx.update(grads, state['opt'], params)
-    # Only rounding draws from it.
-    key = jax.random.fold_in(jax.random.key(experiment.seed), state['step'])
-    new = dict(params=kept.move(key, stored, updates), opt=opt)
-    ok = jnp.isfinite(value) & jnp.isfinite(norm)
-    old = {k: state[k] for k in new}
-    new = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
-    bad = ~ok
-    new |= dict(
-      fixed=fixed,
-      step=state['step'] + 1,
-      skipped=state['skipped'] + bad,
-      bad=jnp.where(ok, 0, state['bad'] + 1),
-    )
-    new, _ = run_events(each_step, new, new['step'])
-    health = lrjax.health(new['opt'])
-    skipped = new['skipped'] + health['skipped_steps']
-    measured = subspaces(new['opt']) if experiment.diagnostics_every else {}
-    return new, dict(
-      loss=value,
-      grad_norm=norm,
-      learning_rate=jnp.asarray(rate(new['step'] - 1 - skipped)),
-      skipped_steps=skipped,
-      bad=new['bad'],
-      overdue_refreshes=health['overdue_refreshes'],
-      subspaces=measured,
-    )
-
-  def evaluate(params: Any, fixed: Any, tokens: jax.Array, mask: jax.Array) -> tuple:
-    model = nnx.merge(graphdef, kept.decode(params), lrjax.full_width(fixed))
-    logits = model(tokens[:, :-1])
-    return next_token_loss(logits, tokens[:, 1:], mask)
-
-  def gradients(params: Any, fixed: Any, tokens: jax.Array) -> Any:
-    return jax.grad(loss)(kept.decode(params), fixed, tokens)
-
-  specs = param_specs(params, kernel)
-  abstract = jax.eval_shape(init)
-  whole = lambda tree: jax.tree.map(lambda _: PartitionSpec(), tree)
-  state_specs = dict(
-    whole(abstract),
-    params=kept.specs(params, specs),
-    fixed=param_specs(fixed, kernel),
-    opt=lrjax.state_specs(tx, params, specs, mesh),
-  )
-  shardings = jax.tree.map(lambda s: NamedSharding(mesh, s), state_specs)
+  mesh, c = make_mesh(experiment), Computation(experiment)
+  abstract = jax.eval_shape(c.init)
+  specs = _state_specs(c, abstract, mesh)
+  shardings = jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
   place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
   batch = NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
   everywhere = NamedSharding(mesh, PartitionSpec())
@@ -213,41 +83,57 @@ def build(experiment: Experiment) -> Program:
   def jit(f: Callable, *ins: Any, out: Any, donate: tuple = ()) -> Callable:
     return jax.jit(f, in_shardings=ins, out_shardings=out, donate_argnums=donate)
 
+  step = functools.partial(jit, out=(shardings, everywhere), donate=(0,))
+
   @functools.cache
   def events(names: frozenset[str]) -> Callable:
-    run = lambda state: run_events(names, state, state['step'])
-    return jit(run, shardings, out=(shardings, everywhere), donate=(0,))
+    return step(lambda state: c.run_events(names, state, state['step']), shardings)
 
+  projected = experiment.optimizer.projected_backward
+  if projected:
+    _check_projected(c, abstract)
   weights = shardings['params'], shardings['fixed']
   return Program(
     mesh=mesh,
     batch_sharding=batch,
     state=jax.tree.map(place, abstract, shardings),
-    weights=params,
-    init=jit(init, out=shardings),
-    start=jax.jit(start, out_shardings=shardings),
-    step=jit(step, shardings, batch, out=(shardings, everywhere), donate=(0,)),
-    evaluate=jit(evaluate, *weights, batch, batch, out=everywhere),
-    gradients=jit(gradients, *weights, batch, out=None),
-    tx=tx,
-    due=functools.partial(lrjax.due_events, plan),
+    weights=c.params,
+    init=jit(c.init, out=shardings),
+    start=jax.jit(c.start, out_shardings=shardings),
+    step=step(c.step, shardings, batch),
+    projected_step=step(c.projected_step, shardings, batch) if projected else None,
+    evaluate=jit(c.evaluate, *weights, batch, batch, out=everywhere),
+    gradients=jit(c.gradients, *weights, batch, out=None),
+    tx=c.tx,
+    due=functools.partial(lrjax.due_events, c.plan),
     events=events,
   )
 
 
-def global_norm(tree: Any) -> jax.Array:
-  """Euclidean norm of all leaves together, summed in float32."""
-  squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
-  return jnp.sqrt(sum(squares, jnp.float32(0)))
+def _check_projected(c: Computation, abstract: Any) -> None:
+  """Raises ConfigError where method or kernel cannot do with projected gradients."""
+  o, kernel, data = (getattr(c.experiment, x) for x in ('optimizer', 'kernel', 'data'))
+  if not lrjax.projectable(c.tx, c.params):
+    raise ConfigError(
+      f'optimizer.projected_backward: {o.name} with these options needs gradients in full'
+    )
+  tokens = jax.ShapeDtypeStruct((data.batch_size, data.seq_len + 1), 'int32')
+  try:
+    jax.eval_shape(c.projected_step, abstract, tokens)
+  except TypeError as e:
+    raise ConfigError(
+      f'optimizer.projected_backward: kernel {kernel.name} does more with its arrays than'
+      f' multiply by them: {e}'
+    ) from e
 
 
-def subspaces(opt: Any) -> dict[str, jax.Array]:
-  """The diagnostics of an optimizer state: means over all matrices and over each leaf."""
-  found = lrjax.diagnostics(opt)
-  if not found:
-    return {}
-  fields = next(iter(found.values()))._fields
-  of = lambda field: {path: getattr(d, field) for path, d in found.items()}
-  flat = lambda arrays: jnp.concatenate([x.reshape(-1) for x in arrays])
-  whole = {f: flat(of(f).values()).mean() for f in fields}
-  return whole | {f'{f}/{path}': x.mean() for f in fields for path, x in of(f).items()}
+def _state_specs(c: Computation, abstract: Any, mesh: Mesh) -> Any:
+  """The partition specs of a run's state."""
+  specs = param_specs(c.params, c.kernel)
+  whole = jax.tree.map(lambda _: PartitionSpec(), abstract)
+  return dict(
+    whole,
+    params=c.storage.specs(c.params, specs),
+    fixed=param_specs(c.fixed, c.kernel),
+    opt=lrjax.state_specs(c.tx, c.params, specs, mesh),
+  )

@@ -98,7 +98,7 @@ from lrjax.penalties import add_penalty, frobenius, frobenius_decay
 
 # Gradients projected where they arise.
 from lrjax.probes import Probed
-from lrjax.projected import projected_value_and_grad, wants_gradient
+from lrjax.projected import projectable, projected_value_and_grad, wants_gradient
 
 # The remaining parts of the loop.
 from lrjax.refreshes import every, lazy
@@ -228,6 +228,7 @@ __all__ = [
   'outlier_scores',
   'owlore',
   'polar',
+  'projectable',
   'projected_value_and_grad',
   'projection_aware',
   'q_galore',

@@ -38,10 +38,10 @@ def projected_value_and_grad(
   bits, Q-GaLore and their like need; Fira, FRUGAL, APOLLO and error feedback read the
   whole gradient, and get it.
 
-  `loss` gets parameters in which such kernels are `Probed`: they can be cast, and multiplied
-  from the left, `x @ kernel`, also inside a scan over layers. The layers of
-  `lrjax.modules` do nothing else with them; see `lrjax.modules.linen.reads_probes` for the
-  `nn.Dense` of other models. Whatever else is done with one raises TypeError.
+  `loss` gets parameters in which such kernels are `Probed`: they can be cast, and
+  multiplied from the left, `x @ kernel`, also inside a scan over layers. The layers of
+  `lrjax.modules` do nothing else with them; see `lrjax.modules.linen.reads_probes` for
+  the `nn.Dense` of other models. Whatever else is done with one raises TypeError.
 
   Refreshes need gradients in full, from `jax.value_and_grad`; `wants_gradient` tells when:
 
@@ -119,6 +119,26 @@ def projected_value_and_grad(
   return run
 
 
+def projectable(tx: optax.GradientTransformation, params: Any) -> tuple[str, ...]:
+  """The leaves of whose gradients an optimizer needs only a projection.
+
+  Args:
+    tx: any optax transformation.
+    params: arrays or `jax.ShapeDtypeStruct`s.
+
+  Returns:
+    Their paths.
+
+  >>> import lrjax
+  >>> params = {'kernel': jnp.ones((8, 16)), 'bias': jnp.zeros(16)}
+  >>> projectable(lrjax.galore(1e-2, rank=2), params)
+  ('kernel',)
+  >>> projectable(lrjax.fira(1e-2, rank=2), params)
+  ()
+  """
+  return (*_enough(tx, params),)
+
+
 def wants_gradient(opt_state: Any) -> jax.Array:
   """Whether the next update finds a basis, and so needs gradients in full.
 
@@ -142,21 +162,27 @@ def wants_gradient(opt_state: Any) -> jax.Array:
 
 def _bases(tx: Any, params: Any, opt_state: Any) -> dict[str, tuple]:
   """Path -> plan and P (*stack, d, r) of the leaves whose projection is enough."""
-  seen, _ = noted(tx, params)
   slots = {k: v for m in nodes(opt_state, MatricesState) for k, v in m.slots.items()}
-  shapes = {leaf_path(p): x.shape for p, x in jax.tree.leaves_with_path(params)}
   found = {}
-  for path, (plan, rule) in seen.rules.items():
-    if _enough(plan, rule) and plan.shape == shapes[path]:
-      matrix: Callable = lambda s, rule=rule, d=plan.matrix[0]: rule.subspace(s, d)
-      for _ in plan.stack:
-        matrix = jax.vmap(matrix)
-      found[path] = plan, matrix(slots[path].state)
+  for path, (plan, rule) in _enough(tx, params).items():
+    subspace: Any = rule.subspace
+    matrix: Callable = lambda s, f=subspace, d=plan.matrix[0]: f(s, d)
+    for _ in plan.stack:
+      matrix = jax.vmap(matrix)
+    found[path] = plan, matrix(slots[path].state)
   return found
 
 
-def _enough(plan: LeafPlan, rule: MatrixTransform) -> bool:
-  """Whether P'G is enough, and is found in a product with the last two axes."""
-  n = len(plan.shape)
-  in_order = plan.axes == (tuple(range(n - 2)), (n - 2,), (n - 1,))
-  return in_order and rule.lift is not None and rule.subspace is not None
+def _enough(tx: Any, params: Any) -> dict[str, tuple[LeafPlan, MatrixTransform]]:
+  """The leaves where P'G is enough, and is found in a product with the last two axes."""
+  shapes = {leaf_path(p): x.shape for p, x in jax.tree.leaves_with_path(params)}
+
+  def enough(plan: LeafPlan, rule: MatrixTransform) -> bool:
+    n = len(plan.shape)
+    in_order = plan.axes == (tuple(range(n - 2)), (n - 2,), (n - 1,))
+    # Where only some layers train, the leaf that a method sees is another one.
+    whole = plan.shape == shapes[plan.path]
+    return in_order and whole and None not in (rule.lift, rule.subspace)
+
+  seen, _ = noted(tx, params)
+  return {path: found for path, found in seen.rules.items() if enough(*found)}

@@ -72,8 +72,9 @@ class Stack(NamedTuple):
     """The leaf's update and its state; nothing moves where `ok` is false."""
     held = (self.ok,) * self.rule.holds
     if self.projected:
-      d = self.plan.matrix[0]
-      lift = lambda low, s, ok: self.rule.lift(low, s, d, ok)
+      d, f = self.plan.matrix[0], self.rule.lift
+      assert f is not None
+      lift = lambda low, s, ok: f(low, s, d, ok)
       low = wide(self.leaf.low)
       u, state = self.over_stack(lift)(low, self.slot.state, self.ok)
     else:
