@@ -12,7 +12,7 @@ import jax.numpy as jnp
 PATH = pathlib.Path(__file__).with_name('tiles.json')
 PLATFORMS = ('tpu', 'gpu')
 # Names of the axes of a matrix (d, k) and of a rank r.
-AXES = ('d', 'k', 'r')
+AXES = ('d', 'k', 'r', 't')
 KEYS = {'operation', 'device', 'shape', 'dtype', 'tile', 'microseconds'}
 
 Tile = dict[str, int]
