@@ -1,10 +1,14 @@
 """Operations of lrjax.kernels with inputs and oracles: one row each for pallas_test."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+import lrjax
 from lrjax import kernels
 
 # Sizes that no tile divides, of which every axis still fills more than half a tile.
@@ -20,7 +24,6 @@ class Case(NamedTuple):
     make: `(rng, d, k, r, side) -> arrays`, float32 or what never changes type.
     oracle: `(*arrays, side) -> tree`, numpy in float64 on what `run` was given.
     leaves: which of the arrays are leaves, also tried in bfloat16.
-    operation: its name in the table of tiles.
   """
 
   name: str
@@ -28,7 +31,6 @@ class Case(NamedTuple):
   make: Callable
   oracle: Callable
   leaves: tuple[int, ...]
-  operation: str
 
 
 def normal(rng, *shape):
@@ -48,6 +50,26 @@ def canonical(g, side):
   return g if side == 'in' else g.T
 
 
+def stored(codec):
+  """`project` from a basis that a codec stores."""
+
+  def make(rng, d, k, r, side):
+    p = codec.encode(jnp.asarray(basis(rng, d, r)))
+    return p, leaf(rng, d, k, side)
+
+  return dict(
+    make=make,
+    oracle=lambda p, g, side: _decoded(codec, p).T @ canonical(g, side),
+    leaves=(1,),
+  )
+
+
+def _decoded(codec, p):
+  # The codecs have oracles of their own, in codecs_test.
+  narrow = lambda x: x.astype(np.float32) if x.dtype == np.float64 else x
+  return np.asarray(codec.decode(jax.tree.map(narrow, p)), np.float64)
+
+
 CASES = [
   Case(
     'project',
@@ -55,6 +77,20 @@ CASES = [
     make=lambda rng, d, k, r, side: (basis(rng, d, r), leaf(rng, d, k, side)),
     oracle=lambda p, g, side: p.T @ canonical(g, side),
     leaves=(1,),
-    operation='project',
+  ),
+  Case(
+    'project int8',
+    run=kernels.project,
+    **stored(lrjax.int8()),
+  ),
+  Case(
+    'project int8 of groups',
+    run=functools.partial(kernels.project, bits=8, group=4 * R),
+    **stored(lrjax.affine(8, 4 * R)),
+  ),
+  Case(
+    'project int4',
+    run=functools.partial(kernels.project, bits=4, group=4 * R),
+    **stored(lrjax.affine(4, 4 * R)),
   ),
 ]
