@@ -101,10 +101,8 @@ def tpu_add(
   """Adds what this block of d gives to R; the blocks follow the grid's second axis."""
   start = pl.program_id(1) * p_refs[0].shape[0]
   g = blocks.inside(g_ref[...], blocks.along(side, 0, 1)[0], start, d)
-  basis = stored.tpu_load(p_refs, form)
-  for s, p in enumerate(basis):
-    p = blocks.inside(p, 0, start, d)
-    out_ref[pl.ds(s, p.shape[1], stride=len(basis))] += blocks.down(p, g, side)
+  basis = [blocks.inside(p, 0, start, d) for p in stored.tpu_load(p_refs, form)]
+  out_ref[...] += stored.join_rows([blocks.down(p, g, side) for p in basis])
 
 
 def _gpu(

@@ -137,6 +137,22 @@ def tpu_load(refs: list, form: Form) -> list[jax.Array]:
   return [part(half) for half in halves]
 
 
+def join_rows(low: list[jax.Array]) -> jax.Array:
+  """(r, k) from its rows that belong to the parts of P."""
+  if len(low) == 1:
+    return low[0]
+  rows, k = low[0].shape
+  return jnp.stack(low, axis=1).reshape(len(low) * rows, k)
+
+
+def split_rows(low: jax.Array, parts: int) -> list[jax.Array]:
+  """The rows of (r, k) that belong to each part of P."""
+  if parts == 1:
+    return [low]
+  pairs = low.reshape(-1, parts, low.shape[1])
+  return [pairs[:, s] for s in range(parts)]
+
+
 def gpu_load(refs: list, form: Form, rows: jax.Array, cols: jax.Array) -> jax.Array:
   """Entries (rows, cols) of P, zeros past its edges."""
   if form.kind == 'float':
