@@ -4,13 +4,12 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+import lrjax
 from lrjax import kernels
-from lrjax.codecs.dynamic import Dynamic8, dynamic_map
-from lrjax.eight_bit import eight_bit
-from lrjax.moments import AdamState, adam
 
 # Sizes that no tile divides, of which every axis still fills more than half a tile.
 D, K, R = 160, 208, 24
@@ -25,7 +24,6 @@ class Case(NamedTuple):
     make: `(rng, d, k, r, side) -> arrays`, float32 or what never changes type.
     oracle: `(*arrays, side) -> tree`, numpy in float64 on what `run` was given.
     leaves: which of the arrays are leaves, also tried in bfloat16.
-    operation: its name in the table of tiles.
     sided: whether it knows two sides of a leaf.
   """
 
@@ -34,7 +32,6 @@ class Case(NamedTuple):
   make: Callable
   oracle: Callable
   leaves: tuple[int, ...]
-  operation: str
   sided: bool = True
 
 
@@ -55,66 +52,24 @@ def canonical(g, side):
   return g if side == 'in' else g.T
 
 
-def transposed(canonical_oracle):
-  """An oracle whose first result is a leaf, from one of matrices (d, k)."""
+def stored(codec):
+  """`project` from a basis that a codec stores."""
 
-  def oracle(p, g, *rest, side):
-    first, *more = canonical_oracle(p, canonical(g, side), *rest)
-    return canonical(first, side), *more
+  def make(rng, d, k, r, side):
+    p = codec.encode(jnp.asarray(basis(rng, d, r)))
+    return p, leaf(rng, d, k, side)
 
-  return oracle
-
-
-def fira(p, g, u, last):
-  """Residual in full, its norm measured, at most 1.01 times the last one."""
-  low = p.T @ g
-  phi = np.linalg.norm(u, axis=0) / np.linalg.norm(low, axis=0)
-  missed = (g - 0.25 * p @ low) * phi
-  shrink = max(np.linalg.norm(missed) / (1.01 * last), 1)
-  return p @ (0.25 * u) + missed / shrink, np.linalg.norm(missed) / shrink
+  return dict(
+    make=make,
+    oracle=lambda p, g, side: _decoded(codec, p).T @ canonical(g, side),
+    leaves=(1,),
+  )
 
 
-def run_fira(p, g, u, last, **how):
-  low = kernels.project(p, g, side=how['side'], implementation='xla')
-  return kernels.scaled_residual(p, g, low, u, last, scale=0.25, **how)
-
-
-def make_frugal(rng, d, k, r, side):
-  p, low, u = basis(rng, d, r), normal(rng, r, k), normal(rng, r, k)
-  g, inside = normal(rng, d, k), p @ low
-  # No entry so small that roundings have a say in its sign.
-  g = np.where(np.abs(g - inside) < 0.05, inside + 0.1, g).astype(np.float32)
-  return p, canonical(g, side), low, u
-
-
-def make_8bit(rng, d, k, r, side):
-  del d, side
-  state = eight_bit(adam(), block=8, min_size=0).init(jnp.zeros((r, k)))
-  codes = lambda: rng.integers(0, 256, (r, k)).astype(np.uint8)
-  scales = lambda like: rng.uniform(0.5, 2, like.shape).astype(np.float32)
-  stored = lambda x: Dynamic8(codes(), scales(x.scale))
-  return normal(rng, r, k), AdamState(jnp.int32(4), stored(state.mu), stored(state.nu))
-
-
-def run_8bit(g, state, *, side, implementation):
-  """Update and scales: codes come down to roundings, see adam_8bit_test."""
-  u, new = kernels.adam_8bit(g, state, implementation=implementation)
-  return u, new.mu.scale, new.nu.scale
-
-
-def adam_oracle(g, state, side):
-  def decoded(x, signed):  # blocks of 8 along the columns
-    scale = np.repeat(x.scale, 8)[: g.size].reshape(g.T.shape).T
-    return dynamic_map(signed).astype(np.float64)[x.codes] * scale
-
-  def largest(x):
-    flat = np.abs(x).T.reshape(-1)
-    return np.pad(flat, (0, -flat.size % 8)).reshape(-1, 8).max(axis=1)
-
-  m = 0.9 * decoded(state.mu, True) + 0.1 * g
-  v = 0.999 * decoded(state.nu, False) + 0.001 * g**2
-  u = (m / (1 - 0.9**5)) / (np.sqrt(v / (1 - 0.999**5)) + 1e-8)
-  return u, largest(m), largest(v)
+def _decoded(codec, p):
+  # The codecs have oracles of their own, in codecs_test.
+  narrow = lambda x: x.astype(np.float32) if x.dtype == np.float64 else x
+  return np.asarray(codec.decode(jax.tree.map(narrow, p)), np.float64)
 
 
 CASES = [
@@ -124,46 +79,20 @@ CASES = [
     make=lambda rng, d, k, r, side: (basis(rng, d, r), leaf(rng, d, k, side)),
     oracle=lambda p, g, side: p.T @ canonical(g, side),
     leaves=(1,),
-    operation='project',
   ),
   Case(
-    'fira',
-    run=run_fira,
-    make=lambda rng, d, k, r, side: (
-      basis(rng, d, r),
-      leaf(rng, d, k, side),
-      normal(rng, r, k),
-      np.float32(20),
-    ),
-    oracle=transposed(fira),
-    leaves=(1,),
-    operation='scaled_residual',
+    'project int8',
+    run=kernels.project,
+    **stored(lrjax.int8()),
   ),
   Case(
-    'frugal',
-    run=functools.partial(kernels.signed_residual, scale=0.5, inactive_scale=0.1),
-    make=make_frugal,
-    oracle=transposed(
-      lambda p, g, low, u: (0.5 * (p @ u + 0.1 * np.sign(g - p @ low)),)
-    ),
-    leaves=(1,),
-    operation='signed_residual',
+    'project int8 of groups',
+    run=functools.partial(kernels.project, bits=8, group=4 * R),
+    **stored(lrjax.affine(8, 4 * R)),
   ),
   Case(
-    'column scores',
-    run=kernels.column_scores,
-    make=lambda rng, d, k, r, side: (basis(rng, d, d), leaf(rng, d, k, side)),
-    oracle=lambda q, g, side: np.abs(q.T @ canonical(g, side)).sum(axis=1),
-    leaves=(1,),
-    operation='column_scores',
-  ),
-  Case(
-    'adam 8-bit',
-    run=run_8bit,
-    make=make_8bit,
-    oracle=adam_oracle,
-    leaves=(0,),
-    operation='adam_8bit',
-    sided=False,
+    'project int4',
+    run=functools.partial(kernels.project, bits=4, group=4 * R),
+    **stored(lrjax.affine(4, 4 * R)),
   ),
 ]

@@ -1,6 +1,6 @@
 """Every kernel against its oracle, interpreted; lowered for TPU and CUDA.
 
-A new operation adds its row to `pallas_cases.CASES`. No TPU or GPU is needed: what these
+A new operation adds its row to the `CASES` of a file of them. No TPU or GPU is needed: what these
 tests cannot see is whether the machine code of a kernel is right, and how fast it is.
 """
 
@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
-from tests.pallas_cases import CASES, D, K, R
+from tests import pallas_cases, pallas_residual_cases
+from tests.pallas_cases import D, K, R
+
+CASES = [*pallas_cases.CASES, *pallas_residual_cases.CASES]
 
 CALLS = {'tpu': 'tpu_custom_call', 'cuda': '__gpu$xla.gpu.triton'}
 # Triton's lowering asks which GPU it is for.

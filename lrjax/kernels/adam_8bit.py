@@ -263,7 +263,7 @@ def _divisors(count: jax.Array, kind: str, b1: float, b2: float) -> jax.Array:
   )
 
 
-def _fits(platform: str, tile: Tile, sizes: Mapping[str, int]) -> bool:
+def _fits(platform: str, tile: Tile, sizes: Mapping[str, int], **options: Any) -> bool:
   """Whether blocks are columns, or parts of one, and a tile holds whole blocks."""
   r, block = sizes['r'], sizes['block']
   if r % block and block % r:

@@ -160,7 +160,7 @@ def _gpu_kernel(
   blocks.store(out_ref, row, ns, jnp.sum(NORMS[norm](s), axis=0)[None])
 
 
-def _fits(platform: str, tile: Tile, sizes: Mapping[str, int]) -> bool:
+def _fits(platform: str, tile: Tile, sizes: Mapping[str, int], **options: Any) -> bool:
   if platform == 'gpu':
     return True
   d, k, n = tile['d'], tile['k'], tile['r']

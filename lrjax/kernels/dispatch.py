@@ -24,7 +24,8 @@ class Operation(NamedTuple):
     xla: `(*arrays, **options) -> results`, which defines the operation.
     tpu: `(*arrays, tile, interpret, **options) -> results`, in Mosaic.
     gpu: likewise, in Triton.
-    fits: `(platform, tile, sizes) -> bool`, whether a tile's working set fits on chip.
+    fits: `(platform, tile, sizes, **options) -> bool`, whether a kernel can run with a
+      tile: above all, whether its working set fits on chip.
   """
 
   name: str
@@ -70,7 +71,7 @@ def dispatch(
   if implementation == 'xla':
     return operation.xla(*arrays, **options)
 
-  found = {p: _tile(operation, p, sizes, dtype) for p in tiles.PLATFORMS}
+  found = {p: _tile(operation, p, sizes, dtype, options) for p in tiles.PLATFORMS}
 
   def kernel(platform: str, interpret: bool = False) -> Callable:
     run, more = getattr(operation, platform), dict(options, tile=found[platform])
@@ -98,9 +99,13 @@ def dispatch(
 
 
 def _tile(
-  operation: Operation, platform: str, sizes: Mapping[str, int], dtype: Any
+  operation: Operation,
+  platform: str,
+  sizes: Mapping[str, int],
+  dtype: Any,
+  options: Mapping[str, Any],
 ) -> tiles.Tile | None:
   if dtype not in DTYPES:
     return None
-  fits = lambda tile: operation.fits(platform, tile, sizes)
+  fits = lambda tile: operation.fits(platform, tile, sizes, **options)
   return tiles.choose(operation.name, platform, sizes, dtype, fits)

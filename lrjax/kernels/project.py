@@ -8,27 +8,37 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from lrjax.kernels import blocks
+from lrjax.kernels import blocks, stored
 from lrjax.kernels.blocks import Side
 from lrjax.kernels.dispatch import Operation, dispatch
+from lrjax.kernels.stored import Form
 from lrjax.kernels.tiles import Tile
 
 
 def project(
-  p: jax.Array, g: jax.Array, *, side: Side = 'in', implementation: str | None = None
+  p: Any,
+  g: jax.Array,
+  *,
+  side: Side = 'in',
+  bits: int = 8,
+  group: int = 256,
+  implementation: str | None = None,
 ) -> jax.Array:
   r"""Projects a gradient onto a basis.
 
   .. math:: R = P^\top G
 
-  The kernels read G once, tile by tile, and accumulate in float32. They are for one
-  device, or for the inside of a `jax.shard_map`. They have been checked by
-  interpretation and by lowering, not yet on a TPU or GPU.
+  The kernels read G once, tile by tile, decode P on the way if it is stored in 8 or 4
+  bits, and accumulate in float32. They are for one device, or for the inside of a
+  `jax.shard_map`. They have been checked by interpretation and by lowering, not yet on a
+  TPU or GPU.
 
   Args:
-    p: P (d, r).
+    p: P (d, r): an array, or what `lrjax.int8` or `lrjax.affine` stores of it.
     g: the gradient as its leaf lies: (d, k) for side 'in', (k, d) for 'out'.
     side: which axis of the leaf is compressed.
+    bits: those of the `lrjax.affine` that stored P.
+    group: likewise.
     implementation: see `lrjax.kernels.dispatch`.
 
   Returns:
@@ -37,87 +47,110 @@ def project(
   Raises:
     ValueError: for shapes that do not fit, unknown names, and kernels that the device or
       the sizes do not allow.
+    TypeError: for a basis stored in another form.
 
   >>> p, g = jnp.eye(3, 2), jnp.arange(6.0).reshape(3, 2)
   >>> print(project(p, g))
   [[0. 1.]
    [2. 3.]]
   """
-  sizes = blocks.sizes_of(p.shape, g.shape, side)
-  return dispatch(PROJECT, implementation, sizes, g.dtype, p, g, side=side)
+  form, shape = stored.read(p, bits, group)
+  sizes = blocks.sizes_of(shape, g.shape, side)
+  return dispatch(
+    PROJECT, implementation, sizes, g.dtype, p, g, side=side, form=form, r=sizes['r']
+  )
 
 
-def _xla(p: jax.Array, g: jax.Array, *, side: Side) -> jax.Array:
-  return blocks.down(p, g, side)
+def _xla(p: Any, g: jax.Array, *, side: Side, form: Form, r: int) -> jax.Array:
+  return blocks.down(stored.decode(p, form), g, side)
 
 
 def _tpu(
-  p: jax.Array, g: jax.Array, *, side: Side, tile: Tile, interpret: Any
+  p: Any, g: jax.Array, *, side: Side, form: Form, r: int, tile: Tile, interpret: Any
 ) -> jax.Array:
-  (d, r), (_, k) = p.shape, blocks.along(side, *g.shape)
+  d, k = blocks.along(side, *g.shape)
   bd, bk = min(tile['d'], d), min(tile['k'], k)
+  basis = stored.tpu_operands(p, form)
   return pl.pallas_call(
-    functools.partial(_tpu_kernel, side=side, d=d),
+    functools.partial(_tpu_kernel, side=side, form=form, d=d),
     out_shape=jax.ShapeDtypeStruct((r, k), jnp.float32),
     grid=(pl.cdiv(k, bk), pl.cdiv(d, bd)),
     in_specs=[
-      pl.BlockSpec((bd, r), lambda j, i: (i, 0)),
+      *stored.tpu_specs(basis, bd, lambda j, i: i),
       blocks.leaf_spec(side, bd, bk, lambda j, i: (i, j)),
     ],
     out_specs=pl.BlockSpec((r, bk), lambda j, i: (0, j)),
     compiler_params=blocks.tpu_params('parallel', 'arbitrary'),
     interpret=interpret,
-  )(p, g)
+  )(*basis, g)
 
 
-def _tpu_kernel(p_ref: Any, g_ref: Any, out_ref: Any, *, side: Side, d: int) -> None:
-  i = pl.program_id(1)
+def _tpu_kernel(*refs: Any, side: Side, form: Form, d: int) -> None:
+  *p_refs, g_ref, out_ref = refs
 
-  @pl.when(i == 0)
+  @pl.when(pl.program_id(1) == 0)
   def _():
     out_ref[...] = jnp.zeros_like(out_ref)
 
-  start = i * p_ref.shape[0]
-  p = blocks.inside(p_ref[...], 0, start, d)
+  tpu_add(p_refs, g_ref, out_ref, side, form, d)
+
+
+def tpu_add(
+  p_refs: list, g_ref: Any, out_ref: Any, side: Side, form: Form, d: int
+) -> None:
+  """Adds what this block of d gives to R; the blocks follow the grid's second axis."""
+  start = pl.program_id(1) * p_refs[0].shape[0]
   g = blocks.inside(g_ref[...], blocks.along(side, 0, 1)[0], start, d)
-  out_ref[...] += blocks.down(p, g, side)
+  basis = [blocks.inside(p, 0, start, d) for p in stored.tpu_load(p_refs, form)]
+  out_ref[...] += stored.join_rows([blocks.down(p, g, side) for p in basis])
 
 
 def _gpu(
-  p: jax.Array, g: jax.Array, *, side: Side, tile: Tile, interpret: Any
+  p: Any, g: jax.Array, *, side: Side, form: Form, r: int, tile: Tile, interpret: Any
 ) -> jax.Array:
-  (_, r), (_, k) = p.shape, blocks.along(side, *g.shape)
+  _, k = blocks.along(side, *g.shape)
   return pl.pallas_call(
-    functools.partial(_gpu_kernel, side=side, tile=tile),
+    functools.partial(_gpu_kernel, side=side, form=form, tile=tile),
     out_shape=jax.ShapeDtypeStruct((r, k), jnp.float32),
     grid=(pl.cdiv(k, tile['k']), pl.cdiv(r, tile['r'])),
     compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=3),
     interpret=interpret,
-  )(p, g)
+  )(*stored.operands(p, form), g)
 
 
-def _gpu_kernel(
-  p_ref: Any, g_ref: Any, out_ref: Any, *, side: Side, tile: Tile
-) -> None:
+def _gpu_kernel(*refs: Any, side: Side, form: Form, tile: Tile) -> None:
+  *p_refs, g_ref, out_ref = refs
   ks = blocks.span(pl.program_id(0), tile['k'])
   rs = blocks.span(pl.program_id(1), tile['r'])
+  blocks.store(out_ref, rs, ks, gpu_sum(p_refs, g_ref, rs, ks, side, form, tile))
+
+
+def gpu_sum(
+  p_refs: list,
+  g_ref: Any,
+  rs: jax.Array,
+  ks: jax.Array,
+  side: Side,
+  form: Form,
+  tile: Tile,
+) -> jax.Array:
+  """Entries (rs, ks) of R, summed over all blocks of d."""
 
   def add(i: jax.Array, out: jax.Array) -> jax.Array:
     ds = blocks.span(i, tile['d'])
-    p = blocks.load(p_ref, ds, rs)
+    p = stored.gpu_load(p_refs, form, ds, rs)
     g = blocks.load(g_ref, *blocks.along(side, ds, ks))
     return out + blocks.down(p, g, side)
 
-  out = jnp.zeros((tile['r'], tile['k']), jnp.float32)
-  out = jax.lax.fori_loop(0, pl.cdiv(p_ref.shape[0], tile['d']), add, out)
-  blocks.store(out_ref, rs, ks, out)
+  d = blocks.along(side, *g_ref.shape)[0]
+  zeros = jnp.zeros((tile['r'], tile['k']), jnp.float32)
+  return jax.lax.fori_loop(0, pl.cdiv(d, tile['d']), add, zeros)
 
 
-def _fits(platform: str, tile: Tile, sizes: Any) -> bool:
-  if platform == 'gpu':
-    return True
+def _fits(platform: str, tile: Tile, sizes: Any, *, form: Form, **options: Any) -> bool:
   d, k, r = tile['d'], tile['k'], sizes['r']
-  return 4 * (d * r + d * k + r * k) <= blocks.VMEM
+  on_chip = platform == 'gpu' or 4 * (d * r + d * k + r * k) <= blocks.VMEM
+  return on_chip and stored.readable(form, platform, r)
 
 
 PROJECT = Operation('project', _xla, _tpu, _gpu, _fits)

@@ -11,6 +11,7 @@ from lrjax.kernels import blocks
 from lrjax.kernels.blocks import Side
 from lrjax.kernels.combine import combine, fits
 from lrjax.kernels.dispatch import Operation, dispatch
+from lrjax.kernels.tiles import Tile
 from lrjax.residuals.scaled import fira, ratio, shrinkage
 from lrjax.stacks import wide
 
@@ -131,8 +132,8 @@ def _kernel(
   return combine(platform, p, g, x, c, None, side=side, **how), last
 
 
-def _fits(platform: str, tile: Mapping, sizes: Mapping[str, int]) -> bool:
-  return fits(platform, dict(tile), sizes, 1)
+def _fits(platform: str, tile: Tile, sizes: Mapping[str, int], **options: Any) -> bool:
+  return fits(platform, tile, sizes, lows=1)
 
 
 SCALED_RESIDUAL = Operation(

@@ -11,6 +11,7 @@ from lrjax.kernels import blocks
 from lrjax.kernels.blocks import Side
 from lrjax.kernels.combine import combine, fits
 from lrjax.kernels.dispatch import Operation, dispatch
+from lrjax.kernels.tiles import Tile
 from lrjax.residuals.plain import state_free
 from lrjax.stacks import wide
 
@@ -94,8 +95,8 @@ def _kernel(
   return combine(platform, p, g, scale * u, c, low, **how)
 
 
-def _fits(platform: str, tile: Mapping, sizes: Mapping[str, int]) -> bool:
-  return fits(platform, dict(tile), sizes, 2)
+def _fits(platform: str, tile: Tile, sizes: Mapping[str, int], **options: Any) -> bool:
+  return fits(platform, tile, sizes, lows=2)
 
 
 SIGNED_RESIDUAL = Operation(

@@ -279,7 +279,7 @@ def _no_gpu(*args: Any, **options: Any) -> jax.Array:
   raise AssertionError('the table of tiles has none for a GPU')
 
 
-def _fits(platform: str, tile: Tile, sizes: Mapping[str, int]) -> bool:
+def _fits(platform: str, tile: Tile, sizes: Mapping[str, int], **options: Any) -> bool:
   """Whether the support's blocks are tiles, and all of a step fits on chip."""
   m, n, r, t = sizes['rows'], sizes['columns'], sizes['r'], tile['t']
   if platform == 'gpu' or m % 128 or n % 128:
