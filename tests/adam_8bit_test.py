@@ -33,9 +33,9 @@ def test_nearest_is_exact_at_and_beside_every_threshold(signed):
 
 @pytest.mark.parametrize(
   'r, k, block',
-  # Whole columns to a block, the last one short; a column; parts of one.
-  [(8, 70, 256), (16, 70, 16), (32, 70, 8)],
-  ids=['columns', 'column', 'parts'],
+  # Whole columns to a block, the last one short; blocks in parts of a column.
+  [(8, 70, 256), (32, 70, 8)],
+  ids=['columns', 'parts'],
 )
 def test_the_codes_are_those_of_eight_bit(r, k, block):
   tx = eight_bit(adam(), block=block, min_size=0)
@@ -53,7 +53,7 @@ def test_the_codes_are_those_of_eight_bit(r, k, block):
     return jnp.stack(out), state
 
   want, last = run(tx.update)
-  for implementation in ('xla', 'interpret', 'gpu_interpret'):
+  for implementation in ('interpret', 'gpu_interpret'):
     found, state = run(functools.partial(adam_8bit, implementation=implementation))
     assert state.count == last.count == 3
     np.testing.assert_allclose(found, want, rtol=1e-6)

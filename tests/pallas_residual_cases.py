@@ -2,13 +2,11 @@
 
 import functools
 
-import jax.numpy as jnp
 import numpy as np
 
 from lrjax import kernels
 from lrjax.codecs.dynamic import Dynamic8, dynamic_map
-from lrjax.eight_bit import eight_bit
-from lrjax.moments import AdamState, adam
+from lrjax.moments import AdamState
 from tests.pallas_cases import Case, basis, canonical, leaf, normal
 
 
@@ -46,11 +44,10 @@ def make_frugal(rng, d, k, r, side):
 
 def make_8bit(rng, d, k, r, side):
   del d, side
-  state = eight_bit(adam(), block=8, min_size=0).init(jnp.zeros((r, k)))
   codes = lambda: rng.integers(0, 256, (r, k)).astype(np.uint8)
-  scales = lambda like: rng.uniform(0.5, 2, like.shape).astype(np.float32)
-  stored = lambda x: Dynamic8(codes(), scales(x.scale))
-  return normal(rng, r, k), AdamState(jnp.int32(4), stored(state.mu), stored(state.nu))
+  scales = lambda: rng.uniform(0.5, 2, -(-r * k // 8)).astype(np.float32)
+  moments = (Dynamic8(codes(), scales()) for _ in range(2))
+  return normal(rng, r, k), AdamState(np.int32(4), *moments)
 
 
 def run_8bit(g, state, *, side, implementation):

@@ -1,7 +1,8 @@
 """Every kernel against its oracle, interpreted; lowered for TPU and CUDA.
 
-A new operation adds its row to the `CASES` of a file of them. No TPU or GPU is needed: what these
-tests cannot see is whether the machine code of a kernel is right, and how fast it is.
+A new operation adds its row to the `CASES` of a file of them. No TPU or GPU is needed:
+what these tests cannot see is whether the machine code of a kernel is right, and how fast
+it is.
 """
 
 import functools

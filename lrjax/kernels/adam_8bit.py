@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +80,7 @@ def adam_8bit(
 
 def _xla(g: jax.Array, state: AdamState, **options: Any) -> tuple[jax.Array, AdamState]:
   wide = state._replace(mu=widened(state.mu, True), nu=widened(state.nu, False))
-  u, new = adam(**options).update(g, wide)
+  u, new = cast(tuple[Any, AdamState], adam(**options).update(g, wide))
   mu = stored_like(new.mu, state.mu, True)
   nu = stored_like(new.nu, state.nu, False)
   return u, AdamState(new.count, mu, nu)

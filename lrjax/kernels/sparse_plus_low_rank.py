@@ -1,6 +1,7 @@
 """y = s (x a) b + x S without W in memory: each tile of it is formed where it is used."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -117,7 +118,9 @@ def _backward(how: tuple, saved: tuple, dy: jax.Array) -> tuple:
   into = lambda u, v, like: _dot(u, v, TN).astype(like.dtype)
   a = into(x, _dot(dy, W.b, NT).astype(x.dtype), W.a)
   b = into(_dot(x, W.a, NN).astype(dy.dtype), dy, W.b)
-  return dx, Weight(a, b, values.astype(W.values.dtype), None)
+  # Integers have no gradient.
+  index: Any = None
+  return dx, Weight(a, b, values.astype(W.values.dtype), index)
 
 
 _product.defvjp(_forward, _backward)
@@ -128,6 +131,7 @@ def _run(operation: Operation, x: Any, W: Weight, how: tuple) -> jax.Array:
   first = jax.tree.leaves(x)[0]
   sizes = dict(t=len(first), d=len(W.a), k=W.b.shape[1], r=W.b.shape[0])
   sizes |= dict(rows=sizes['d'] // shards[0], columns=sizes['k'] // shards[1])
+  sizes |= dict(entries=len(W.values) // math.prod(shards))
   return dispatch(operation, implementation, sizes, first.dtype, x, W, shards=shards)
 
 
@@ -157,7 +161,8 @@ def _xla_backward(dy: jax.Array, W: Weight, shards: Shards) -> jax.Array:
 
 
 def _xla_values(pair: tuple, W: Weight, shards: Shards) -> jax.Array:
-  return sparse.gather(_dot(*pair, TN), W.index, shards)
+  x, dy = pair
+  return sparse.gather(_dot(x, dy, TN), W.index, shards)
 
 
 def _one_hot(places: jax.Array, size: int) -> jax.Array:
@@ -284,8 +289,8 @@ def _fits(platform: str, tile: Tile, sizes: Mapping[str, int], **options: Any) -
   m, n, r, t = sizes['rows'], sizes['columns'], sizes['r'], tile['t']
   if platform == 'gpu' or m % 128 or n % 128:
     return False
-  # Two identities' rows for a block that is dense at worst are left out: 3 % is usual.
-  return 4 * (2 * t * max(m, n) + r * (m + n) + 2 * m * n) <= blocks.VMEM
+  block = r * (m + n) + sizes['entries'] * (m + n) + 2 * m * n
+  return 4 * (block + 2 * t * max(m, n)) <= blocks.VMEM
 
 
 _operation: Callable = lambda name, xla, tpu: Operation(name, xla, tpu, _no_gpu, _fits)
