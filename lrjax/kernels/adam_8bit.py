@@ -17,6 +17,8 @@ from lrjax.kernels.tiles import Tile
 from lrjax.moments import AdamState, BiasCorrection, adam, late_correction
 
 LANES = 128
+# Moments, behind tables, numbers and g, to the results behind u.
+IN_PLACE = {3: 1, 4: 2, 5: 3, 6: 4}
 
 
 def adam_8bit(
@@ -90,26 +92,22 @@ def _step(
   g: jax.Array,  # (rows, columns)
   mu: Dynamic8,  # scale: (1, columns)
   nu: Dynamic8,
-  divisors: tuple,  # of M, of V; a factor of U
+  numbers: Any,  # see `_numbers`
   tables: Callable,  # see `codes.maps`
   largest: Callable,  # (rows, columns) -> (1, columns), maxima of the columns' blocks
-  b1: float,
-  b2: float,
-  eps: float,
 ) -> tuple[jax.Array, Dynamic8, Dynamic8]:
   first, second = codes.maps(tables)
+  b1, rest1, b2, rest2, eps, c1, c2, late = (numbers[0, i] for i in range(8))
   decode = lambda x, of: of.values(x.codes.astype(jnp.int32)) * x.scale
   g = g.astype(jnp.float32)
-  c1, c2, c = divisors
-  m = b1 * decode(mu, first) + (1 - b1) * g
-  v = b2 * decode(nu, second) + (1 - b2) * jnp.square(g)
-  u = (m / c1) / (jnp.sqrt(v / c2) + eps) * c
+  # In the order of `adam`, and with its divisions: codes are to be equal.
+  m = b1 * decode(mu, first) + rest1 * g
+  v = b2 * decode(nu, second) + rest2 * jnp.square(g)
+  u = (m / c1) / (jnp.sqrt(v / c2) + eps) * late
   return u, codes.encode(m, first, largest), codes.encode(v, second, largest)
 
 
-def _tpu_kernel(
-  tables: Any, divisors: Any, *refs: Any, columns: int, k: int, decays: dict
-) -> None:
+def _tpu_kernel(tables: Any, numbers: Any, *refs: Any, columns: int, k: int) -> None:
   def lookup(row: int) -> Callable:
     # A gather stays within 128 lanes: 256 values are two of them.
     def take(i: jax.Array) -> jax.Array:
@@ -135,21 +133,19 @@ def _tpu_kernel(
       hop *= 2
     return top
 
-  scalars = tuple(divisors[i : i + 1, :] for i in range(3))
   g, mu, mu_scale, nu, nu_scale, *out = refs
   moments = Dynamic8(mu[...], mu_scale[0]), Dynamic8(nu[...], nu_scale[0])
-  u, m, v = _step(g[...], *moments, scalars, lookup, largest, **decays)
+  u, m, v = _step(g[...], *moments, numbers, lookup, largest)
   for ref, x in zip(out, (u, m.codes, m.scale[None], v.codes, v.scale[None])):
     ref[...] = x.astype(ref.dtype)
 
 
 def _gpu_kernel(
   tables: Any,
-  divisors: Any,
+  numbers: Any,
   *refs: Any,
   columns: int,
   k: int,
-  decays: dict,
   rows: int,
   tile: Tile,
 ) -> None:
@@ -163,12 +159,11 @@ def _gpu_kernel(
     shape = top.shape[0], columns
     return jnp.broadcast_to(top[:, None], shape).reshape(1, -1)
 
-  scalars = tuple(divisors[i] for i in range(3))
   g, mu, mu_scale, nu, nu_scale, *out = refs
   stored = lambda x, s: Dynamic8(blocks.load(x, *here), blocks.load(s, *scale))
   moments = stored(mu, mu_scale), stored(nu, nu_scale)
   g = blocks.load(g, *here)
-  u, m, v = _step(g, *moments, scalars, lookup, largest, **decays)
+  u, m, v = _step(g, *moments, numbers, lookup, largest)
   for ref, at, x in zip(out, (here, *(here, scale) * 2), (u, *m, *v), strict=True):
     blocks.store(ref, *at, x)
 
@@ -194,10 +189,10 @@ def _kernel(
   stored = lambda x: (x.codes, spread(x.scale))
   u, m, ms, v, vs = call(
     jnp.asarray(codes.table()),
-    _divisors(count, bias_correction, b1, b2),
+    _numbers(count, bias_correction, b1, b2, eps),
     (g, *stored(state.mu), *stored(state.nu)),
     rows=rows,
-    common=dict(columns=columns, k=k, decays=dict(b1=b1, b2=b2, eps=eps)),
+    common=dict(columns=columns, k=k),
     **how,
   )
   return u, AdamState(count, Dynamic8(m, gather(ms)), Dynamic8(v, gather(vs)))
@@ -205,7 +200,7 @@ def _kernel(
 
 def _tpu(
   tables: jax.Array,
-  divisors: jax.Array,
+  numbers: jax.Array,
   arrays: tuple,
   *,
   rows: int,
@@ -216,8 +211,8 @@ def _tpu(
   # Rows of scales are blocks of one row, which need an axis of their own.
   arrays = tuple(x[:, None] if i in (2, 4) else x for i, x in enumerate(arrays))
   r, k = arrays[0].shape
-  constants = tables.reshape(-1, LANES), jnp.broadcast_to(divisors[:, None], (3, LANES))
-  whole = [pl.BlockSpec(x.shape, lambda i, j: (0, 0)) for x in constants]
+  tables = tables.reshape(-1, LANES)
+  whole = pl.BlockSpec(tables.shape, lambda i, j: (0, 0))
   matrix = pl.BlockSpec((rows, tile['k']), lambda i, j: (i, j))
   scale = pl.BlockSpec((1, 1, tile['k']), lambda i, j: (i, 0, j))
   specs = [matrix, matrix, scale, matrix, scale]
@@ -225,17 +220,18 @@ def _tpu(
     functools.partial(_tpu_kernel, **common),
     out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays],
     grid=(r // rows, pl.cdiv(k, tile['k'])),
-    in_specs=[*whole, *specs],
+    in_specs=[whole, blocks.scalars_spec(numbers), *specs],
     out_specs=specs,
+    input_output_aliases=IN_PLACE,
     compiler_params=blocks.tpu_params('parallel', 'parallel'),
     interpret=interpret,
-  )(*constants, *arrays)
+  )(tables, numbers, *arrays)
   return u, m, ms[:, 0], v, vs[:, 0]
 
 
 def _gpu(
   tables: jax.Array,
-  divisors: jax.Array,
+  numbers: jax.Array,
   arrays: tuple,
   *,
   rows: int,
@@ -248,19 +244,18 @@ def _gpu(
     functools.partial(_gpu_kernel, rows=rows, tile=tile, **common),
     out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays],
     grid=(r // rows, pl.cdiv(k, tile['k'])),
+    input_output_aliases=IN_PLACE,
     compiler_params=pltriton.CompilerParams(num_warps=4),
     interpret=interpret,
-  )(tables.reshape(-1), divisors, *arrays)
+  )(tables.reshape(-1), numbers, *arrays)
 
 
-def _divisors(count: jax.Array, kind: str, b1: float, b2: float) -> jax.Array:
-  """(3,): what M and V are divided by, and what their quotient is multiplied by."""
-  one = jnp.ones([])
-  if kind == 'moments':
-    return jnp.stack([1 - b1**count, 1 - b2**count, one])
-  return jnp.stack(
-    [one, one, late_correction(count, b1, b2) if kind == 'step' else one]
-  )
+def _numbers(count: jax.Array, kind: str, b1: Any, b2: Any, eps: Any) -> jax.Array:
+  """b1, 1 - b1, b2, 1 - b2, eps, divisors of M and V, and a factor of U, as one row."""
+  c1, c2 = (1 - b1**count, 1 - b2**count) if kind == 'moments' else (1.0, 1.0)
+  late = late_correction(count, b1, b2) if kind == 'step' else 1.0
+  numbers = b1, 1 - b1, b2, 1 - b2, eps, c1, c2, late
+  return jnp.stack([jnp.asarray(x, jnp.float32) for x in numbers])[None]
 
 
 def _fits(platform: str, tile: Tile, sizes: Mapping[str, int], **options: Any) -> bool:

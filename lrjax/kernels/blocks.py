@@ -73,6 +73,14 @@ def leaf_spec(side: Side, bd: int, bk: int, index: Callable) -> pl.BlockSpec:
   return pl.BlockSpec(along(side, bd, bk), lambda *at: along(side, *index(*at)))
 
 
+def scalars_spec(x: jax.Array) -> pl.BlockSpec:
+  """A row (1, n) of numbers that a TPU's kernel reads as scalars.
+
+  As a vector (n,) it would be refused once `vmap` has stacked it.
+  """
+  return pl.BlockSpec(x.shape, lambda *at: (0, 0), memory_space=pltpu.SMEM)
+
+
 def inside(block: jax.Array, axis: int, start: Any, size: int) -> jax.Array:
   """Zeros in a block where its `axis`, from `start` on, is past the array's `size`."""
   if size % block.shape[axis] == 0:
