@@ -67,8 +67,8 @@ def adam_8bit(
 
   >>> from lrjax.eight_bit import eight_bit
   >>> g = jnp.array([[1.0, -2.0], [0.5, 4.0]])
-  >>> state = eight_bit(adam(), min_size=0).init(g)
-  >>> u, state = adam_8bit(g, state)
+  >>> state = jax.jit(eight_bit(adam(), min_size=0).init)(g)
+  >>> u, state = jax.jit(adam_8bit)(g, state)
   >>> print(u.round(3), state.mu.codes)
   [[ 1. -1.]
    [ 1.  1.]] [[201  35]
