@@ -63,6 +63,17 @@ def test_the_codes_are_those_of_eight_bit(r, k, block):
       np.testing.assert_allclose(x.scale, y.scale, rtol=1e-6)
 
 
+def test_bad_moments_and_options():
+  g = jnp.ones((2, 3))
+  state = eight_bit(adam(), min_size=0).init(g)
+  with pytest.raises(ValueError, match=r'`mu` must be a Dynamic8 of codes \(2, 3\)'):
+    adam_8bit(g, adam().init(g))
+  with pytest.raises(ValueError, match=r'`mu`.*\(3, 2\).*got'):
+    adam_8bit(g.T, state)
+  with pytest.raises(ValueError, match="bias_correction. 'late'"):
+    adam_8bit(g, state, bias_correction='late')
+
+
 def test_options_and_the_late_correction_of_the_bias():
   options = dict(b1=0.8, b2=0.95, eps=1e-3, bias_correction='step')
   tx = adam(**options)

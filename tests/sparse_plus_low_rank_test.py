@@ -103,10 +103,14 @@ def test_lowered_to_kernels_on_a_tpu_and_to_xla_elsewhere():
   floats = (*floats, jnp.bfloat16(0.5))
   dy = jnp.ones((2, TOKENS // 2, N), jnp.bfloat16)
   traced = value_and_gradients.trace(floats, index, dy, (2, 3), None)
-  assert (
-    traced.lower(lowering_platforms=('tpu',)).as_text().count('tpu_custom_call') == 3
+  tpu, cuda = (
+    traced.lower(lowering_platforms=(name,)).as_text() for name in ('tpu', 'cuda')
   )
-  assert 'triton' not in traced.lower(lowering_platforms=('cuda',)).as_text()
+  assert tpu.count('tpu_custom_call') == 3
+  assert 'triton' not in cuda
+  # Nothing of the size of W in memory, neither W nor its gradient.
+  size = f'tensor<{M}x{N}x'
+  assert size not in tpu and size in cuda
 
 
 def test_blocks_that_are_no_tiles_are_left_to_xla():

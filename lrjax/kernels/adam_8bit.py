@@ -59,7 +59,8 @@ def adam_8bit(
     (U (r, k) in the dtype of g, new state).
 
   Raises:
-    ValueError: for an implementation that the device or the sizes do not allow.
+    ValueError: for moments in another form or of another shape, options unknown to
+      `lrjax.adam`, and implementations that the device or the sizes do not allow.
 
   References:
     Dettmers et al., `8-bit Optimizers via Block-wise Quantization
@@ -74,6 +75,13 @@ def adam_8bit(
    [ 1.  1.]] [[201  35]
    [192 255]]
   """
+  for name, x in (('mu', state.mu), ('nu', state.nu)):
+    if not isinstance(x, Dynamic8) or x.codes.shape != g.shape:
+      raise ValueError(
+        f'`{name}` must be a Dynamic8 of codes {g.shape}, the shape of g, got'
+        f' {jax.tree.map(jnp.shape, x)}; lrjax.eight_bit makes them'
+      )
+  adam(b1, b2, eps, bias_correction=bias_correction)  # refuses what it does not know
   r, k = g.shape
   sizes = {'k': k, 'r': r, 'block': block_of(state.mu)}
   options = dict(b1=b1, b2=b2, eps=eps, bias_correction=bias_correction)

@@ -122,6 +122,13 @@ def _part(g: jax.Array, low: jax.Array | None = None) -> jax.Array:
   return up - down
 
 
+def check(sizes: Mapping[str, int], **lows: jax.Array) -> None:
+  """Raises ValueError naming one that is not (r, k)."""
+  for name, x in lows.items():
+    if x.shape != (want := (sizes['r'], sizes['k'])):
+      raise ValueError(f'`{name}` must be (r, k) = {want}, got {x.shape}')
+
+
 def fits(platform: str, tile: Tile, sizes: Mapping[str, int], lows: int) -> bool:
   """Whether a tile's working set fits on chip, with `lows` arrays (r, k)."""
   if platform == 'gpu':

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lrjax.kernels import blocks
 from lrjax.kernels.blocks import Side
-from lrjax.kernels.combine import combine, fits
+from lrjax.kernels.combine import check, combine, fits
 from lrjax.kernels.dispatch import Operation, dispatch
 from lrjax.kernels.tiles import Tile
 from lrjax.residuals.scaled import fira, ratio, shrinkage
@@ -78,6 +78,7 @@ def scaled_residual(
          [2. ]], dtype=float32), Array(2., dtype=float32))
   """
   sizes = blocks.sizes_of(p.shape, g.shape, side)
+  check(sizes, low=low, u=u)
   options = dict(
     scale=scale, mode=mode, per=per, growth_limit=growth_limit, floor=floor, side=side
   )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lrjax.kernels import blocks
 from lrjax.kernels.blocks import Side
-from lrjax.kernels.combine import combine, fits
+from lrjax.kernels.combine import check, combine, fits
 from lrjax.kernels.dispatch import Operation, dispatch
 from lrjax.kernels.tiles import Tile
 from lrjax.residuals.plain import state_free
@@ -58,6 +58,7 @@ def signed_residual(
    [-0.1]]
   """
   sizes = blocks.sizes_of(p.shape, g.shape, side)
+  check(sizes, low=low, u=u)
   options = dict(scale=scale, inactive_scale=inactive_scale, side=side)
   arrays = p, g, low, u
   return dispatch(SIGNED_RESIDUAL, implementation, sizes, g.dtype, *arrays, **options)

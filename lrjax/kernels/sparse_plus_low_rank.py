@@ -44,12 +44,13 @@ def sparse_plus_low_rank_matmul(
   scatters nor gathers in its vector memory. Nothing of in x out numbers reaches memory.
 
   The blocks of the support are the tiles: `shards` must cut W in blocks of sizes that are
-  multiples of 128, 128 x 128 at best, and XLA serves all others. So many shards make the
-  support stratified, every block has as many places. With t tokens a tile, forming a
-  block of m x n costs density m n / t of the product's flops, 1/8 for 128 x 128 at 3 %
-  and 4096 tokens. A GPU's tiles hold 128 tokens, the same kernel would cost four times
-  the product there; XLA's scatter and one dense product are the better form, and there is
-  no GPU kernel.
+  multiples of 128, and XLA serves all others. So many shards make the support stratified,
+  every block has as many places. With t tokens a tile, forming a block of m x n costs
+  density m n / t of the product's flops, 1/8 for 128 x 128 at 3 % and 4096 tokens. Small
+  blocks pay in traffic: x is read once for every n columns of y, n flops a byte in
+  bfloat16, where a v5e wants 240. A GPU's tiles hold 128 tokens, the same kernel would
+  cost four times the product there; XLA's scatter and one dense product are the better
+  form, and there is no GPU kernel.
 
   The kernels are for one device, or for the inside of a `jax.shard_map`. They have been
   checked by interpretation and by lowering, not yet on a TPU.
