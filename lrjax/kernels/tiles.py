@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -113,6 +114,13 @@ def read(path: pathlib.Path = PATH) -> Table:
     return parse(json.loads(path.read_text(encoding='utf-8')))
   except (KeyError, TypeError, ValueError) as e:
     raise ValueError(f'{path}: not a table of tiles: {e}') from e
+
+
+def render(table: Table) -> str:
+  """The text of a table's file, one tile a line."""
+  content = dict(candidates=table.candidates, tuned=[*table.tuned.values()])
+  text = json.dumps(content, indent=2)
+  return re.sub(r'{[^{}]*}', lambda tile: ' '.join(tile[0].split()), text) + '\n'
 
 
 def parse(content: Any) -> Table:
