@@ -70,7 +70,7 @@ def test_bad_moments_and_options():
     adam_8bit(g, adam().init(g))
   with pytest.raises(ValueError, match=r'`mu`.*\(3, 2\).*got'):
     adam_8bit(g.T, state)
-  with pytest.raises(ValueError, match="bias_correction. 'late'"):
+  with pytest.raises(ValueError, match="unknown `bias_correction` 'late'"):
     adam_8bit(g, state, bias_correction='late')
 
 

@@ -70,9 +70,7 @@ def test_norms_that_overflow_leave_the_inside():
 
 def test_bad_shapes():
   p, g, low, u = arrays()
-  with pytest.raises(
-    ValueError, match=r'`u` must be \(r, k\) = \(24, 72\), got \(72, 24\)'
-  ):
+  with pytest.raises(ValueError, match=r'`u` must be .* \(24, 72\), got \(72, 24\)'):
     scaled_residual(p, g, low, u.T, jnp.float32(-1))
   with pytest.raises(ValueError, match='unknown `mode`'):
     scaled_residual(p, g, low, u, jnp.float32(-1), mode='code')

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.experimental.pallas import triton as pltriton
 
 from lrjax.codecs.dynamic import Dynamic8, block_of, stored_like, widened
 from lrjax.kernels import blocks, codes
@@ -253,7 +252,7 @@ def _gpu(
     out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays],
     grid=(r // rows, pl.cdiv(k, tile['k'])),
     input_output_aliases=IN_PLACE,
-    compiler_params=pltriton.CompilerParams(num_warps=4),
+    compiler_params=blocks.gpu_params(),
     interpret=interpret,
   )(tables.reshape(-1), numbers, *arrays)
 

@@ -18,6 +18,10 @@ SIDES = ('in', 'out')
 # Bytes of blocks a kernel may hold at once on a TPU. Pallas keeps two copies of each, and
 # all that fits in the 32 MiB of the smallest VMEM since v4.
 VMEM = 12 * 2**20
+# Bytes of shared memory that a kernel may fill on a GPU, of which every one since Ampere
+# has more, and how many blocks of each operand Triton keeps there to load ahead.
+SHARED = 96 * 2**10
+STAGES = 3
 
 
 def along(side: Side, d: Any, k: Any) -> tuple[Any, Any]:
@@ -110,6 +114,11 @@ def store(ref: Any, rows: jax.Array, cols: jax.Array, x: jax.Array) -> None:
   mask = within(rows, ref.shape[0], cols, ref.shape[1])
   x = x.astype(ref.dtype)
   pltriton.store(ref.at[rows[:, None], cols[None, :]], x, mask=mask)
+
+
+def gpu_params() -> Any:
+  """How a GPU runs each program of the grid."""
+  return pltriton.CompilerParams(num_warps=4, num_stages=STAGES)
 
 
 def tpu_params(*semantics: Literal['parallel', 'arbitrary']) -> Any:

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.experimental.pallas import triton as pltriton
 
 from lrjax.bases.heaviest import NORMS
 from lrjax.bases.orthonormal import HIGHEST, mm
@@ -137,7 +136,7 @@ def _gpu(
     functools.partial(_gpu_kernel, norm=norm, side=side, tile=tile),
     out_shape=jax.ShapeDtypeStruct((grid[1], n), jnp.float32),
     grid=grid,
-    compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=3),
+    compiler_params=blocks.gpu_params(),
     interpret=interpret,
   )(q, g)
   return parts.sum(axis=0)
@@ -161,9 +160,9 @@ def _gpu_kernel(
 
 
 def _fits(platform: str, tile: Tile, sizes: Mapping[str, int], **options: Any) -> bool:
-  if platform == 'gpu':
-    return True
   d, k, n = tile['d'], tile['k'], tile['r']
+  if platform == 'gpu':
+    return 4 * blocks.STAGES * d * (n + k) <= blocks.SHARED
   return 4 * (d * n + d * k + 2 * k * n) <= blocks.VMEM
 
 

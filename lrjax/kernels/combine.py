@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as pltriton
 
 from lrjax.kernels import blocks
 from lrjax.kernels.blocks import Side
@@ -85,7 +84,7 @@ def _gpu(
     functools.partial(_gpu_kernel, side=side, tile=tile),
     out_shape=jax.ShapeDtypeStruct(g.shape, g.dtype),
     grid=(pl.cdiv(k, tile['k']), pl.cdiv(d, tile['d'])),
-    compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=3),
+    compiler_params=blocks.gpu_params(),
     interpret=interpret,
   )(p, c, g, *lows)
 
@@ -132,6 +131,7 @@ def check(sizes: Mapping[str, int], **lows: jax.Array) -> None:
 def fits(platform: str, tile: Tile, sizes: Mapping[str, int], lows: int) -> bool:
   """Whether a tile's working set fits on chip, with `lows` arrays (r, k)."""
   if platform == 'gpu':
-    return True
+    operands = (tile['d'] + lows * tile['k']) * tile['r']
+    return 4 * blocks.STAGES * operands <= blocks.SHARED
   r, d, k = sizes['r'], min(tile['d'], sizes['d']), min(tile['k'], sizes['k'])
   return 4 * (d * r + lows * r * k + 3 * d * k) <= blocks.VMEM

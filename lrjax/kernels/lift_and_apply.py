@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as pltriton
 
 from lrjax.kernels import blocks, rounding, stored
 from lrjax.kernels.blocks import Side
@@ -204,7 +203,7 @@ def _gpu(
     out_shape=jax.ShapeDtypeStruct(w.shape, w.dtype),
     grid=(pl.cdiv(k, tile['k']), pl.cdiv(d, tile['d'])),
     input_output_aliases={0: 0},
-    compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=3),
+    compiler_params=blocks.gpu_params(),
     interpret=interpret,
   )(w, n, numbers, words, *stored.operands(p, form))
 
@@ -241,10 +240,14 @@ def _gpu_kernel(
 
 
 def _fits(platform: str, tile: Tile, sizes: Any, *, form: Form, **options: Any) -> bool:
-  d, k, r = tile['d'], tile['k'], sizes['r']
-  # Of weights, there are the old ones, the update, and the new ones.
-  on_chip = platform == 'gpu' or 4 * (d * r + r * k + 3 * d * k) <= blocks.VMEM
-  return on_chip and stored.readable(form, platform, r)
+  if not stored.readable(form, platform, sizes['r']):
+    return False
+  d, k, r = tile['d'], tile['k'], tile.get('r', sizes['r'])
+  basis = stored.words(form) * d * r
+  if platform == 'gpu':
+    return 4 * blocks.STAGES * (basis + r * k) <= blocks.SHARED
+  # Of W there are the old one, the update, and the new one.
+  return 4 * (basis + r * k + 3 * d * k) <= blocks.VMEM
 
 
 LIFT = Operation('lift_and_apply', _xla, _tpu, _gpu, _fits)

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as pltriton
 
 from lrjax.checks import closest
 from lrjax.kernels import blocks, stored
@@ -189,7 +188,7 @@ def _gpu(
     out_shape=_results(mu, nu),
     grid=(pl.cdiv(k, tile['k']), pl.cdiv(r, tile['r'])),
     input_output_aliases={len(basis) + 1: 1, len(basis) + 2: 2},
-    compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=3),
+    compiler_params=blocks.gpu_params(),
     interpret=interpret,
   )(*basis, g, mu, nu, numbers)
 
@@ -210,9 +209,14 @@ def _results(mu: jax.Array, nu: jax.Array) -> list[jax.ShapeDtypeStruct]:
 
 
 def _fits(platform: str, tile: Tile, sizes: Any, *, form: Form, **options: Any) -> bool:
-  d, k, r = tile['d'], tile['k'], sizes['r']
-  on_chip = platform == 'gpu' or 4 * (d * r + d * k + 5 * r * k) <= blocks.VMEM
-  return on_chip and stored.readable(form, platform, r)
+  if not stored.readable(form, platform, sizes['r']):
+    return False
+  d, k, r = tile['d'], tile['k'], tile.get('r', sizes['r'])
+  basis = stored.words(form) * d * r
+  if platform == 'gpu':
+    return 4 * blocks.STAGES * (basis + d * k) <= blocks.SHARED
+  # Of (r, k) there are N, and the moments before and after.
+  return 4 * (basis + d * k + 5 * r * k) <= blocks.VMEM
 
 
 ADAM = Operation('low_rank_adam', _xla, _tpu, _gpu, _fits)

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as pltriton
 
 from lrjax.kernels import blocks, stored
 from lrjax.kernels.blocks import Side
@@ -113,7 +112,7 @@ def _gpu(
     functools.partial(_gpu_kernel, side=side, form=form, tile=tile),
     out_shape=jax.ShapeDtypeStruct((r, k), jnp.float32),
     grid=(pl.cdiv(k, tile['k']), pl.cdiv(r, tile['r'])),
-    compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=3),
+    compiler_params=blocks.gpu_params(),
     interpret=interpret,
   )(*stored.operands(p, form), g)
 
@@ -148,9 +147,13 @@ def gpu_sum(
 
 
 def _fits(platform: str, tile: Tile, sizes: Any, *, form: Form, **options: Any) -> bool:
-  d, k, r = tile['d'], tile['k'], sizes['r']
-  on_chip = platform == 'gpu' or 4 * (d * r + d * k + r * k) <= blocks.VMEM
-  return on_chip and stored.readable(form, platform, r)
+  if not stored.readable(form, platform, sizes['r']):
+    return False
+  d, k, r = tile['d'], tile['k'], tile.get('r', sizes['r'])
+  basis = stored.words(form) * d * r
+  if platform == 'gpu':
+    return 4 * blocks.STAGES * (basis + d * k) <= blocks.SHARED
+  return 4 * (basis + d * k + r * k) <= blocks.VMEM
 
 
 PROJECT = Operation('project', _xla, _tpu, _gpu, _fits)

@@ -84,6 +84,11 @@ def parts(form: Form) -> int:
   return 8 // form.bits if form.kind == 'affine' else 1
 
 
+def words(form: Form) -> int:
+  """At most so many words of 4 bytes a number of P takes on chip."""
+  return 3 if form.kind == 'affine' else 1
+
+
 def operands(p: Any, form: Form) -> list[jax.Array]:
   """The arrays that a kernel is given."""
   if form.kind == 'float':

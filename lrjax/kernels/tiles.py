@@ -1,9 +1,13 @@
 """Tile sizes of the kernels, from a table of candidates and of what was fastest."""
 
+import contextlib
+import contextvars
 import functools
 import json
+import math
 import pathlib
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +40,21 @@ class Table(NamedTuple):
 
   candidates: dict[str, dict[str, list[Tile]]]
   tuned: dict[tuple[str, str, str, str], dict[str, Any]]
+
+
+_only: contextvars.ContextVar[Tile | None] = contextvars.ContextVar(
+  'tile', default=None
+)
+
+
+@contextlib.contextmanager
+def only(tile: Tile) -> Iterator[None]:
+  """Lets operations run with this tile alone, where it fits; for tuning."""
+  token = _only.set(tile)
+  try:
+    yield
+  finally:
+    _only.reset(token)
 
 
 def present() -> Device:
@@ -79,7 +98,12 @@ def choose(
   >>> choose('project', 'tpu', {'d': 5, 'k': 7, 'r': 2}, jnp.float32, lambda tile: True)
   """
   table = read()
-  found = fitting(table, operation, platform, sizes, fits)
+  # A tile must not only fit on chip, but be more than half full on every axis.
+  full = lambda tile: all(n < 2 * sizes[a] for a, n in tile.items())
+  candidates = table.candidates.get(operation, {}).get(platform, [])
+  found = [tile for tile in candidates if full(tile) and fits(tile)]
+  if (tile := _only.get()) is not None:
+    return tile if tile in found else None
   here = present()
   if here.platform == platform:
     key = (operation, here.kind, shape_class(sizes), jnp.dtype(dtype).name)
@@ -87,19 +111,6 @@ def choose(
     if key in table.tuned and (best := table.tuned[key]['tile']) in found:
       return best
   return found[0] if found else None
-
-
-def fitting(
-  table: Table,
-  operation: str,
-  platform: str,
-  sizes: Mapping[str, int],
-  fits: Callable[[Tile], bool],
-) -> list[Tile]:
-  """The candidates that fit on chip and are less than half empty on every axis."""
-  filled = lambda tile: all(n < 2 * sizes[a] for a, n in tile.items())
-  candidates = table.candidates.get(operation, {}).get(platform, [])
-  return [tile for tile in candidates if filled(tile) and fits(tile)]
 
 
 @functools.cache
@@ -111,38 +122,48 @@ def read(path: pathlib.Path = PATH) -> Table:
   """
   try:
     return parse(json.loads(path.read_text(encoding='utf-8')))
-  except (KeyError, TypeError, ValueError) as e:
+  except (AttributeError, TypeError, ValueError) as e:
     raise ValueError(f'{path}: not a table of tiles: {e}') from e
+
+
+def render(table: Table) -> str:
+  """The text of a table's file, one tile a line."""
+  content = dict(candidates=table.candidates, tuned=[*table.tuned.values()])
+  text = json.dumps(content, indent=2)
+  return re.sub(r'{[^{}]*}', lambda tile: ' '.join(tile[0].split()), text) + '\n'
 
 
 def parse(content: Any) -> Table:
   """A table from what its file holds; see `read`."""
-  if not isinstance(content, dict) or content.keys() != {'candidates', 'tuned'}:
-    raise ValueError("expected an object with the keys 'candidates' and 'tuned'")
+  _check_keys('the file', content, {'candidates', 'tuned'})
   candidates = content['candidates']
   for operation, platforms in candidates.items():
+    _check_keys(operation, platforms, {*PLATFORMS})
     for platform, found in platforms.items():
-      if platform not in PLATFORMS:
-        raise ValueError(f'{operation}: platform {platform!r}; known: {PLATFORMS}')
       for tile in found:
         _check_tile(f'{operation}, {platform}', tile)
   tuned = {}
   for row in content['tuned']:
-    if not isinstance(row, dict) or row.keys() != KEYS:
-      raise ValueError(f'row {row!r} must have the keys {sorted(KEYS)}')
-    key = (row['operation'], row['device'], row['shape'], row['dtype'])
+    _check_keys('a row of tuned', row, KEYS)
+    key = tuple(row[name] for name in ('operation', 'device', 'shape', 'dtype'))
     if not all(isinstance(part, str) for part in key):
       raise ValueError(f'row {row!r}: operation, device, shape and dtype are strings')
-    if row['operation'] not in candidates:
-      raise ValueError(f'row {row!r}: operation without candidates')
+    known = candidates.get(row['operation'], {})
+    if not any(row['tile'] in found for found in known.values()):
+      raise ValueError(f'row {row!r}: the tile is no candidate of the operation')
     jnp.dtype(row['dtype'])
-    if not (isinstance(row['microseconds'], (int, float)) and row['microseconds'] > 0):
+    time = row['microseconds']
+    if type(time) not in (int, float) or not 0 < time < math.inf:
       raise ValueError(f'row {row!r}: `microseconds` must be a positive number')
     if key in tuned:
       raise ValueError(f'row {row!r}: a second one for {key}')
-    _check_tile(f'row {row!r}', row['tile'])
     tuned[key] = row
   return Table(candidates, tuned)
+
+
+def _check_keys(where: str, content: Any, keys: set[str]) -> None:
+  if not isinstance(content, dict) or content.keys() != keys:
+    raise ValueError(f'{where}: {content!r} must be an object with {sorted(keys)}')
 
 
 def _check_tile(where: str, tile: Any) -> None:
