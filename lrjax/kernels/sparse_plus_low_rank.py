@@ -66,6 +66,7 @@ def sparse_plus_low_rank_matmul(
     ValueError: for shapes that do not fit, and implementations that the device or the
       sizes do not allow.
 
+  >>> import jax.numpy as jnp
   >>> a, b = jnp.ones((2, 1)), jnp.ones((1, 2))
   >>> S = jnp.array([5.0, 7.0]), jnp.array([0, 3])
   >>> print(sparse_plus_low_rank_matmul(jnp.eye(2), a, b, *S))
