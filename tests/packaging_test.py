@@ -51,8 +51,8 @@ def test_the_wheel_holds_the_library_alone(wheel):
     (info,) = (name for name in names if name.endswith('.dist-info/METADATA'))
     metadata = email.message_from_bytes(file.read(info))
   inside = {name for name in names if not name.startswith(info.partition('/')[0])}
-  sources = (p.relative_to(ROOT).as_posix() for p in (ROOT / 'lrjax').rglob('*.py'))
-  assert inside == set(sources)
+  files = [*(ROOT / 'lrjax').rglob('*.py'), ROOT / 'lrjax/kernels/tiles.json']
+  assert inside == {p.relative_to(ROOT).as_posix() for p in files}
   needs = [r for r in metadata.get_all('Requires-Dist') if 'extra ==' not in r]
   assert {re.split(r'\W', need)[0] for need in needs} == BASE
   assert metadata['Requires-Python'] == '>=3.11'

@@ -139,12 +139,26 @@ def limited(
   1.0000 1.0100 1.0201 0.0000 0.1000 0.1010
   """
   norm = jnp.linalg.norm(x)
+  shrink, state = shrinkage(norm, last, growth_limit, floor)
+  return jnp.where(jnp.isfinite(norm), x / shrink, 0.0), state
+
+
+def shrinkage(
+  norm: jax.Array,  # []
+  last: jax.Array,  # [], as in `limited`
+  growth_limit: float,
+  floor: float | None,
+) -> tuple[jax.Array, jax.Array]:
+  """(divisor, state) of `limited` for what has this norm.
+
+  >>> shrinkage(jnp.float32(5), jnp.float32(1), 1.25, 0.0)
+  (Array(4., dtype=float32), Array(1.25, dtype=float32))
+  """
   shrink = jnp.maximum(norm / (growth_limit * (last + 1e-8)), 1.0)
   shrink = jnp.where(last < 0, 1.0, shrink)
   known = jnp.isfinite(norm)
   kept = known if floor is None else known & (norm > floor)
-  x = jnp.where(known, x / shrink, 0.0)
-  return x, jnp.where(kept, norm / shrink, last)
+  return shrink, jnp.where(kept, norm / shrink, last)
 
 
 def no_norm_yet(g: Any) -> jax.Array:
