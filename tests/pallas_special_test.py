@@ -150,6 +150,8 @@ def test_bases_stored_otherwise():
   w, p, _ = matrices('in')
   with pytest.raises(ValueError, match=r'group=256.*as they were'):
     kernels.project(jax.eval_shape(lrjax.affine(4, 128).encode, p), w, bits=4)
+  with pytest.raises(ValueError, match='4 or 8, got 3'):
+    kernels.project(jax.eval_shape(lrjax.affine(4).encode, p), w, bits=3)
   with pytest.raises(TypeError, match=r'lrjax\.affine stores'):
     kernels.project(dict(codes=p, level=p), w)
   # Of an odd rank, the last 4-bit column is kept apart: no kernel reads it.

@@ -32,8 +32,9 @@ def lift_and_apply(
 
   .. math:: W \leftarrow W - \eta\, (\alpha P N + \lambda W)
 
-  For one device, or for the inside of a `jax.shard_map`; checked as
-  `lrjax.kernels.project` is.
+  Where and how checked: as `lrjax.kernels.project`. By default a TPU v5p keeps arrays
+  whose last axis is not a multiple of 128 transposed, and copies them for a kernel; to
+  have W updated in place there, give it a row-major `jax.experimental.layout`.
 
   Weights of `lrjax.int8_weights` are not taken: each step lays a new grid through the
   least and the largest new value of a group, whose size follows from the width of the
@@ -171,7 +172,9 @@ def _tpu_kernel(
   *p_refs, out_ref = refs
   basis = stored.tpu_load(p_refs, form)
   low = stored.split_rows(n_ref[...], len(basis))
-  update = sum(blocks.up(p, x, side) for p, x in zip(basis, low))
+  update, *more = (blocks.up(p, x, side) for p, x in zip(basis, low, strict=True))
+  for part in more:
+    update += part
   new = _moved(w_ref[...], update, numbers_ref)
   if stochastic:
     row, col = blocks.along(side, pl.program_id(1), pl.program_id(0))

@@ -44,8 +44,8 @@ def low_rank_adam(
   .. math:: N = (M / c_1) / (\sqrt{V / c_2} + \epsilon), \quad c_i = 1 - b_i^t
 
   or as `bias_correction` says, see `lrjax.adam`. G is read once, the moments are read and
-  written once and in place if they are donated. For one device, or for the inside of a
-  `jax.shard_map`; checked as `lrjax.kernels.project` is.
+  written once and in place if they are donated. Where and how checked: as
+  `lrjax.kernels.project`.
 
   Args:
     p: P (d, r), as in `lrjax.kernels.project`.

@@ -29,8 +29,8 @@ def project(
 
   The kernels read G once, tile by tile, decode P on the way if it is stored in 8 or 4
   bits, and accumulate in float32. They are for one device, or for the inside of a
-  `jax.shard_map`. They have been checked by interpretation and by lowering, not yet on a
-  TPU or GPU.
+  `jax.shard_map(..., check_vma=False)`. They are checked by interpretation, lowering and
+  compilation, see `lrjax.kernels.blocks`, and have not run on a TPU or GPU yet.
 
   Args:
     p: P (d, r): an array, or what `lrjax.int8` or `lrjax.affine` stores of it.

@@ -5,6 +5,7 @@ chip. Two codes of four bits share a byte: columns 0 and 1, 2 and 3, ... A TPU t
 apart as two parts, the even and the odd columns; a GPU loads a byte for each of the two.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -38,7 +39,7 @@ def read(p: Any, bits: int, group: int) -> tuple[Form, tuple[int, int]]:
 
   Raises:
     TypeError: if `p` is neither an array nor what `int8` or `affine` stores.
-    ValueError: if the shapes are not those that `affine(bits, group)` stores.
+    ValueError: for other bits, and shapes that `affine(bits, group)` does not store.
   """
   if not isinstance(p, dict):
     return Form('float', 32, 1), p.shape
@@ -49,6 +50,8 @@ def read(p: Any, bits: int, group: int) -> tuple[Form, tuple[int, int]]:
       f'a basis must be an array or what lrjax.int8 or lrjax.affine stores, got a dict'
       f' of {sorted(p)}'
     )
+  if bits not in (4, 8):
+    raise ValueError(f'`bits` must be 4 or 8, got {bits!r}')
   d = (p['codes'] if 'codes' in p else p['odd']).shape[0]
   r = p['codes'].shape[1] * (8 // bits) if 'codes' in p else 0
   r += p['odd'].shape[1] if 'odd' in p else 0
@@ -107,7 +110,7 @@ def tpu_operands(p: Any, form: Form) -> list[jax.Array]:
   return [codes, *(jnp.repeat(x, form.group // r)[:d, None] for x in grid)]
 
 
-def tpu_specs(arrays: list[jax.Array], bd: int, row: Any) -> list[pl.BlockSpec]:
+def tpu_specs(arrays: list[jax.Array], bd: int, row: Callable) -> list[pl.BlockSpec]:
   """Blocks of `bd` rows of `tpu_operands`; `row`: grid indices -> block."""
 
   def spec(x: jax.Array) -> pl.BlockSpec:
@@ -123,7 +126,7 @@ def tpu_load(refs: list, form: Form) -> list[jax.Array]:
   values, *grid = [ref[...] for ref in refs]
   if form.kind == 'float':
     return [values]
-  # Mosaic has no conversion from 8-bit integers to floats.
+  # Shifts and masks are done in 32 bits: 8-bit ones are not native.
   codes = values.astype(jnp.int32)
   if form.kind == 'linear':
     return [codes.astype(jnp.float32) * (grid[0] / 127)]
@@ -164,8 +167,8 @@ def gpu_load(refs: list, form: Form, rows: jax.Array, cols: jax.Array) -> jax.Ar
     return blocks.load(refs[0], rows, cols)
   if form.kind == 'linear':
     codes, scale = refs
-    one = jnp.zeros_like
-    at = (rows, one(cols)) if scale.shape[1] == 1 else (one(rows), cols)
+    # One scale a column, or one a row: its other axis is of size 1.
+    at = (rows * (scale.shape[0] > 1), cols * (scale.shape[1] > 1))
     codes = blocks.load(codes, rows, cols)
     return codes.astype(jnp.float32) * (blocks.load(scale, *at) / 127)
   packed, scale, zero = refs
