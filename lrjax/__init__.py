@@ -30,6 +30,9 @@ from lrjax.codecs import affine, cast, dynamic8, int8
 # Inner optimizers.
 from lrjax.eight_bit import eight_bit
 
+# Weights and state in one step.
+from lrjax.in_place import in_place
+
 # What an optimizer does and how it fares.
 from lrjax.inspection import coverage, diagnostics, health
 
@@ -211,6 +214,7 @@ __all__ = [
   'householder',
   'householder_orthogonal',
   'hyperbolic',
+  'in_place',
   'int8',
   'int8_weights',
   'keep',

@@ -11,7 +11,7 @@ from lrjax import residuals, transports
 from lrjax.moments import held, late_correction
 from lrjax.refreshes import every
 from lrjax.stacks import all_of, select
-from lrjax.types import Basis, Change, MatrixTransform, Refresh, Residual
+from lrjax.types import Basis, Change, MatrixTransform, Refresh, Residual, Steps
 
 # An (r, k) array on which parts are tried for fit before there is any data.
 PROBE = jax.ShapeDtypeStruct((2, 3), jnp.float32)
@@ -108,22 +108,28 @@ def low_rank(
     ), good
 
   def update(g: jax.Array, s: LowRankState, ok: Any = True) -> tuple:
+    if steps is not None:
+      u, s = steps.move(steps.down(g, s), s, ok)
+      return steps.up(u, s, len(g)), s
     g = residual.before(g, s.residual)
     low = basis.down(s.basis, g)
-    if not residual.needs_gradient:
-      return lift(low, s, len(g), ok)
     u, inner_state = held(inner, low, s.inner, ok)
     up = lambda low: basis.up(s.basis, low, len(g))
     out, residual_state = residual.after(g, low, u, up, s.residual)
     residual_state = select(jnp.asarray(ok), residual_state, s.residual)
     return out, s._replace(inner=inner_state, residual=residual_state)
 
-  def lift(low: jax.Array, s: LowRankState, d: int, ok: Any) -> tuple:
+  def move(low: jax.Array, s: LowRankState, ok: Any) -> tuple:
     u, inner_state = held(inner, low, s.inner, ok)
-    u = jnp.where(ok, u, 0)
-    up = lambda low: basis.up(s.basis, low, d)
-    out, _ = residual.after(None, low, u, up, s.residual)
-    return out, s._replace(inner=inner_state)
+    return jnp.where(ok, residual.scale * u, 0), s._replace(inner=inner_state)
+
+  steps = None
+  if residual.scale is not None and matrix is not None:
+    steps = Steps(
+      down=lambda g, s: basis.down(s.basis, g),
+      move=move,
+      up=lambda u, s, d: basis.up(s.basis, u, d),
+    )
 
   return MatrixTransform(
     init,
@@ -133,7 +139,7 @@ def low_rank(
     batched=refresh.batched,
     subspace=None if matrix is None else lambda s, d: matrix(s.basis, d),
     holds=True,
-    lift=None if residual.needs_gradient else lift,
+    steps=steps,
   )
 
 
@@ -156,7 +162,7 @@ def bias_corrected(tx: MatrixTransform, b1: float, b2: float) -> MatrixTransform
     u, s = tx.update(g, s, ok)
     return u * late_correction(s.inner.count, b1, b2), s
 
-  return tx._replace(update=update, lift=None)
+  return tx._replace(update=update, steps=None)
 
 
 def dense_change(old: jax.Array, new: jax.Array) -> Change:

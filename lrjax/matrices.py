@@ -123,9 +123,16 @@ def on_matrices(
     return MatricesState(count, skipped, wants, slots, plain.init(_rest(plans)))
 
   def update(
-    updates: Any, state: Any, params: Any = None, **extra: Any
+    updates: Any,
+    state: Any,
+    params: Any = None,
+    *,
+    lifted: bool = False,
+    **extra: Any,
   ) -> tuple[Any, MatricesState]:
     like = stacks.in_full(updates)
+    # What is handed to the compiler whole gets its placement from arrays of its shape.
+    lifted = lifted and not sharding.is_explicit((updates, state))
     plans = plan_tree(like)
     _check_like_init(plans, state, jax.eval_shape(init, like))
     if not plans:
@@ -149,7 +156,7 @@ def on_matrices(
         work = {path: hold(s) for path, s in work.items()}
 
       refreshed = stacks.refresh(list(work.values()), state.count, counted, seed)
-      done = {path: s.step() for path, s in zip(work, refreshed)}
+      done = {path: s.step(lifted) for path, s in zip(work, refreshed)}
       out = {path: u for path, (u, _) in done.items()}
       slots = {path: slot for path, (_, slot) in done.items()}
 

@@ -97,7 +97,7 @@ def observed(tx: MatrixTransform, period: int) -> MatrixTransform:
     refresh=None if tx.refresh is None else refresh,
     subspace=None,
     holds=False,
-    lift=None,
+    steps=None,
   )
 
 

@@ -182,7 +182,7 @@ def _enough(tx: Any, params: Any) -> dict[str, tuple[LeafPlan, MatrixTransform]]
     in_order = plan.axes == (tuple(range(n - 2)), (n - 2,), (n - 1,))
     # Where only some layers train, the leaf that a method sees is another one.
     whole = plan.shape == shapes[plan.path]
-    return in_order and whole and None not in (rule.lift, rule.subspace)
+    return in_order and whole and rule.steps is not None
 
   seen, _ = noted(tx, params)
   return {path: found for path, found in seen.rules.items() if enough(*found)}

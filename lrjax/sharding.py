@@ -121,12 +121,17 @@ def whole(x: jax.Array) -> jax.Array:
   return x if _spec(x) is None else jax.sharding.reshard(x, PartitionSpec())
 
 
+def is_explicit(tree: Any) -> bool:
+  """Whether a tree holds arrays typed with explicit mesh axes."""
+  return any(_spec(x) is not None for x in jax.tree.leaves(tree))
+
+
 def outside_explicit(f: Callable, fixed: tuple) -> Callable:
   """`f` with explicit mesh axes handed to the compiler.
 
   The results of `f` must be trees like `fixed`, and they get its placements.
   """
-  if not any(_spec(x) is not None for x in jax.tree.leaves(fixed)):
+  if not is_explicit(fixed):
     return f
   place = lambda x: _spec(x) or PartitionSpec()
   return jax.sharding.auto_axes(f, out_sharding=jax.tree.map(place, fixed))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrjax.types import MatrixTransform, Projected
+from lrjax.types import Lifted, MatrixTransform, Projected
 from lrjax.views import LeafPlan, from_matrix, to_matrix
 
 # Above this a squared gradient comes near float32's end: the second moment would turn
@@ -68,28 +68,34 @@ class Stack(NamedTuple):
       f = jax.vmap(f)
     return f
 
-  def step(self) -> tuple[jax.Array, Slot]:
-    """The leaf's update and its state; nothing moves where `ok` is false."""
-    held = (self.ok,) * self.rule.holds
-    if self.projected:
-      d, f = self.plan.matrix[0], self.rule.lift
-      assert f is not None
-      lift = lambda low, s, ok: f(low, s, d, ok)
-      low = wide(self.leaf.low)
-      u, state = self.over_stack(lift)(low, self.slot.state, self.ok)
-    else:
-      u, state = self.over_stack(self.rule.update)(self.g, self.slot.state, *held)
-    u = u if self.scale == 1 else self.scale * u
-    u = from_matrix(u, self.plan)
-    if self.rule.lift is None:
+  def step(self, lifted: bool = False) -> tuple[Any, Slot]:
+    """The leaf's update and its state; nothing moves where `ok` is false.
+
+    With `lifted` the update is a `Lifted` where the rule can do with it.
+    """
+    rule, state = self.rule, self.slot.state
+    if rule.steps is None:
+      held = (self.ok,) * rule.holds
+      u, new = self.over_stack(rule.update)(self.g, state, *held)
+      new = new if held else select(self.ok, new, state)
       # Selected in the leaf's own layout: XLA folds a transpose into the product that
       # makes u, but not with a select between them.
-      u = jnp.where(spread(self.ok, self.plan), u, 0)
-    if not held:
-      state = select(self.ok, state, self.slot.state)
+      u = jnp.where(spread(self.ok, self.plan), from_matrix(u, self.plan), 0)
+    else:
+      d, (down, move, up) = self.plan.matrix[0], rule.steps
+      low = (
+        wide(self.leaf.low) if self.projected else self.over_stack(down)(self.g, state)
+      )
+      u, new = self.over_stack(move)(low, state, self.ok)
+      if not lifted:
+        u = self.over_stack(lambda u, s: up(u, s, d))(u, new)
+        u = from_matrix(u, self.plan)
+    u = u if self.scale == 1 else self.scale * u
     # A state that was started over asks for a refresh; a rule without one is done.
-    overdue = self.slot.overdue * (self.rule.refresh is not None)
-    return u.astype(self.leaf.dtype), Slot(overdue, state)
+    slot = Slot(self.slot.overdue * (rule.refresh is not None), new)
+    if lifted and rule.steps is not None:
+      return Lifted(u, jnp.zeros([]), self.leaf.shape, self.leaf.dtype), slot
+    return u.astype(self.leaf.dtype), slot
 
 
 def examine(
@@ -183,7 +189,7 @@ def in_full(updates: Any) -> Any:
 
 
 def _check_projected(rule: MatrixTransform, plan: LeafPlan, leaf: Projected) -> None:
-  if rule.lift is None:
+  if rule.steps is None:
     raise TypeError(
       f'leaf {plan.path!r}: this method needs the gradient in full, and got what'
       ' lrjax.projected_value_and_grad makes for another one'

@@ -52,6 +52,31 @@ class Projected:
   side: str
 
 
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=['low', 'decay'],
+  meta_fields=['shape', 'dtype'],
+)
+@dataclasses.dataclass(frozen=True)
+class Lifted:
+  """An update :math:`P U + c W` of weights W that is not formed, in the place of one.
+
+  P is in the optimizer's state. Both arrays may be multiplied by a number, which multiplies
+  the update; see `lrjax.in_place`, which asks for such updates and applies them.
+
+  Attributes:
+    low: U (*stack, r, k).
+    decay: c, a scalar.
+    shape: of the update.
+    dtype: of the update.
+  """
+
+  low: Any
+  decay: Any
+  shape: tuple[int, ...]
+  dtype: Any
+
+
 class MatrixTransform(NamedTuple):
   """A gradient method for ONE matrix; `on_matrices` lifts it to any tree.
 
@@ -69,9 +94,8 @@ class MatrixTransform(NamedTuple):
       where there is no single P.
     holds: whether `update` takes `ok`, bool[], as a third argument and leaves the state
       as it is where that is false. Of the others both states are computed and one chosen.
-    lift: `(low (r, k), state, d, ok) -> (update (d, k), state)`, zero where `ok` is false:
-      what `update` does with :math:`P^\\top g` where it needs nothing else of g; None
-      where it does.
+    steps: what `update` consists of, where it needs nothing of g but :math:`P^\\top g` and
+      is :math:`P u`; None where it needs more.
   """
 
   init: Callable
@@ -81,7 +105,22 @@ class MatrixTransform(NamedTuple):
   batched: bool = True
   subspace: Callable | None = None
   holds: bool = False
-  lift: Callable | None = None
+  steps: 'Steps | None' = None
+
+
+class Steps(NamedTuple):
+  """The three steps of an update :math:`P f(P^\\top g)`.
+
+  Attributes:
+    down: `(g (d, k), state) -> low (r, k)`.
+    move: `(low, state, ok) -> (u (r, k), state)`; where `ok`, bool[], is false u is zero
+      and the state as it was.
+    up: `(u, state, d) -> update (d, k)`.
+  """
+
+  down: Callable
+  move: Callable
+  up: Callable
 
 
 class Change(NamedTuple):
@@ -150,7 +189,8 @@ class Residual(NamedTuple):
     after: `(g, low (r, k), u (r, k), up, s) -> (update (d, k), s)`.
     projects: whether it relies on `up(down(g))` being a projection.
     per_column: whether it compares columns of g with those of `down(g)`.
-    needs_gradient: False where it keeps no state and reads neither `g` nor `low`.
+    scale: where the update is `up(scale * u)` and nothing else is kept or read; None
+      where more is.
   """
 
   init: Callable
@@ -158,7 +198,7 @@ class Residual(NamedTuple):
   after: Callable
   projects: bool = False
   per_column: bool = False
-  needs_gradient: bool = True
+  scale: Any = None
 
 
 class Codec(NamedTuple):

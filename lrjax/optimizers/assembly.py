@@ -1,5 +1,6 @@
 """What every ready-to-use optimizer adds to its rule."""
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import optax
 from lrjax.checks import finite
 from lrjax.matrices import nodes, on_matrices
 from lrjax.sampling import COUNTED
+from lrjax.types import Lifted
 from lrjax.views import Where
 
 P = ParamSpec('P')
@@ -147,7 +149,7 @@ def assemble(
   finite('weight_decay', weight_decay)
   decay = []
   if not isinstance(weight_decay, (int, float)) or weight_decay > 0:
-    decay = [optax.add_decayed_weights(weight_decay, mask)]
+    decay = [_decayed_weights(weight_decay, mask)]
   rule = optax.with_extra_args_support(rule)
   tail = optax.chain(*decay, optax.scale_by_learning_rate(learning_rate))
 
@@ -164,3 +166,25 @@ def assemble(
     return out, (rule_state, held)
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
+  """`optax.add_decayed_weights`, which knows updates that are not formed."""
+  plain = optax.add_decayed_weights(weight_decay, mask)
+
+  def add(u: Any, w: jax.Array, chosen: bool = True) -> Any:
+    if not chosen:
+      return u
+    if isinstance(u, Lifted):
+      return dataclasses.replace(u, decay=u.decay + weight_decay)
+    return u + jnp.asarray(weight_decay * w, u.dtype)
+
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    is_lifted = lambda x: isinstance(x, Lifted)
+    if not any(map(is_lifted, jax.tree.leaves(updates, is_leaf=is_lifted))):
+      return plain.update(updates, state, params)
+    chosen = mask(params) if callable(mask) else mask
+    trees = (params,) if mask is None else (params, chosen)
+    return jax.tree.map(add, updates, *trees, is_leaf=is_lifted), state
+
+  return optax.GradientTransformation(plain.init, update)

@@ -26,7 +26,7 @@ def drop(scale: float = 1.0) -> Residual:
   ) -> tuple[jax.Array, tuple]:
     return up(scale * u), s
 
-  return Residual(lambda g: (), lambda g, s: g, after, needs_gradient=False)
+  return Residual(lambda g: (), lambda g, s: g, after, scale=scale)
 
 
 def error_feedback(scale: float = 1.0, codec: Codec | None = None) -> Residual:
