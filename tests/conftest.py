@@ -1,22 +1,15 @@
 """Devices and numerics for the whole suite; set before jax starts."""
 
-import importlib.metadata
 import os
 import tempfile
 from pathlib import Path
 
 from experiments import one_process
+from tests.compiling import QUICK
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 one_process()
-# Tests compile much and compute little: most of their time was XLA's and LLVM's.
-_flags = [
-  '--xla_force_host_platform_device_count=8',
-  '--xla_backend_optimization_level=0',
-]
-# Half the time to compile; newer releases no longer have the other emitters.
-if importlib.metadata.version('jaxlib').startswith('0.10.'):
-  _flags.append('--xla_cpu_use_fusion_emitters=false')
+_flags = ['--xla_force_host_platform_device_count=8', *QUICK]
 os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *_flags]).strip()
 
 # Workers and the processes that tests start inherit one folder of compiled programs, for
