@@ -33,7 +33,9 @@ def test_is_committed_clean_and_readable(path):
 @pytest.mark.slow
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_runs(path, monkeypatch):
-  monkeypatch.delenv('XLA_FLAGS', raising=False)  # one device, as its reader has
+  # One device and nothing compiled before, as its reader has.
+  monkeypatch.delenv('XLA_FLAGS', raising=False)
+  monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR')
   monkeypatch.setenv('PYTHONPATH', str(ROOT))
   notebook = read(path)
   nbclient.NotebookClient(

@@ -1,5 +1,7 @@
 """Optimizers and parameterizations meet freely: each of these with several of those."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -29,15 +31,22 @@ PAIRS = [
 ]
 
 
+@functools.cache
+def start(case: Case) -> tuple[dict, dict]:
+  """Params and fixed arrays of a kernel and a bias."""
+  init = jax.jit(case.kernel.init, static_argnums=(1, 2))
+  split = init(jax.random.key(3), (12, 16), jnp.float32)
+  train = dict(split.train) if isinstance(split.train, dict) else split.train
+  fixed = {'q': {'fixed': dict(split.fixed)}} if split.fixed else {}
+  return {'q': {'kernel': train, 'bias': jnp.zeros(16)}}, fixed
+
+
 def train(case: Case, tx: optax.GradientTransformation) -> list[float]:
   """Losses of a regression with one kernel, all of its events run when due."""
   p, plan = case.kernel, {'q': case.kernel}
   x = jax.random.normal(jax.random.key(1), (32, 12))
   y = x @ jax.random.normal(jax.random.key(2), (12, 16)) / 4
-  split = p.init(jax.random.key(3), (12, 16), jnp.float32)
-  train = dict(split.train) if isinstance(split.train, dict) else split.train
-  params = {'q': {'kernel': train, 'bias': jnp.zeros(16)}}
-  fixed = {'q': {'fixed': dict(split.fixed)}} if split.fixed else {}
+  params, fixed = start(case)
 
   def loss(params, fixed):
     split = lrjax.weights.split_at('q', params, fixed)
@@ -51,9 +60,14 @@ def train(case: Case, tx: optax.GradientTransformation) -> list[float]:
     params = optax.apply_updates(weights.params, u)
     return lrjax.Weights(params, weights.fixed, state), value
 
-  weights, losses = lrjax.Weights(params, fixed, tx.init(params)), []
+  @functools.partial(jax.jit, static_argnums=0)
+  def rare(names, weights, k):
+    return lrjax.run_events(plan, names, weights, k, tx=tx)[0]
+
+  weights, losses = lrjax.Weights(params, fixed, jax.jit(tx.init)(params)), []
   for k in range(STEPS):
-    weights, _ = lrjax.run_events(plan, lrjax.due_events(plan, k), weights, k, tx=tx)
+    if names := lrjax.due_events(plan, k):
+      weights = rare(names, weights, k)
     weights, value = step(weights, k)
     losses.append(float(value))
   return losses

@@ -15,6 +15,7 @@ from experiments.configuring import to_dict
 from experiments.data import DataConfig
 from experiments.rundir import write_json
 from lrjax.models.llama_config import LlamaConfig
+from tests.compiling import QUICK
 
 ROOT = pathlib.Path(__file__).parent.parent
 GALORE = {'rank': 4, 'update_proj_gap': 5, 'scale': 0.25}
@@ -51,7 +52,7 @@ def command(experiment: Experiment, root: pathlib.Path, *flags: str) -> list[str
 
 def environment(root: pathlib.Path) -> dict[str, str]:
   """One device, and compiled programs kept between the processes of a test."""
-  env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+  env = os.environ | {'XLA_FLAGS': ' '.join(QUICK)}
   cache = dict(
     JAX_COMPILATION_CACHE_DIR=str(root / 'cache'),
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',

@@ -14,6 +14,7 @@ at 3. Sharded checks need four devices, `survives_orbax` Orbax.
 
 import functools
 import tempfile
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -61,7 +62,7 @@ def fits_its_description(case: Case) -> None:
   p, key = case.kernel, jax.random.key(3)
   for shape in (WIDE, TALL):
     for dtype in (jnp.float32, jnp.bfloat16):
-      split = p.init(key, shape, dtype)
+      split = _init(p)(key, shape, dtype)
       arrays, size = named_arrays(split), dict(zip(('in', 'out'), shape))
       assert {*arrays} == {*p.axes}, f'arrays {[*arrays]}, axes {[*p.axes]}'
       for name, x in arrays.items():
@@ -72,12 +73,12 @@ def fits_its_description(case: Case) -> None:
         if jnp.issubdtype(x.dtype, jnp.floating):
           trained = not split.fixed or name not in split.fixed
           assert x.dtype == dtype or not trained, f'{name}: {x.dtype}'
-          assert bool(jnp.isfinite(x).all()), f'{name} is not finite'
+          assert np.isfinite(np.asarray(x, 'f4')).all(), f'{name} is not finite'
         else:
           assert x.dtype in (jnp.int32, bool), f'{name}: {x.dtype}'
     abstract = jax.eval_shape(functools.partial(p.init, key, shape, jnp.bfloat16))
     assert _types(abstract) == _types(split)
-    _same(p.init(key, shape, jnp.bfloat16), split)
+    _same(_init(p)(key, shape, jnp.bfloat16), split)
   seen = {
     name: hidden_kernels(f'q/kernel/{name}', jax.ShapeDtypeStruct((2, *x.shape), 'f4'))
     for name, x in named_arrays(Split(split.train)).items()
@@ -91,13 +92,13 @@ def applies_what_it_materializes(case: Case) -> None:
   for shape in (WIDE, TALL):
     split = _moved(case, shape)
     x = _normal(1, (2, 3, shape[0]))
-    y = case.kernel.apply(split, x)
+    y = _apply(case.kernel)(split, x)
     assert y.shape == (2, 3, shape[1])
-    _close(y[1, 2], case.kernel.apply(split, x[1, 2]))
+    _close(np.asarray(y)[1, 2], _apply(case.kernel)(split, x[1, 2]))
     if case.kernel.materialize:
-      W = case.kernel.materialize(split)
+      W = _dense(case.kernel)(split)
       assert W.shape == shape
-      _close(y, x @ W)
+      _close(y, x @ np.asarray(W))
 
 
 def imports_dense(case: Case) -> None:
@@ -105,15 +106,16 @@ def imports_dense(case: Case) -> None:
   for shape in (WIDE, TALL):
     W = _normal(2, shape) / 4
     for p in filter(None, (case.kernel, case.full)):
-      split, error = p.from_dense(jax.random.key(5), W)
+      from_dense, key = jax.jit(p.from_dense), jax.random.key(5)
+      split, error = from_dense(key, W)
       assert {*named_arrays(split)} == {*p.axes}
       assert error.shape == () and error.dtype == jnp.float32
       if p.materialize:
-        true = np.linalg.norm(W - p.materialize(split)) / np.linalg.norm(W)
+        true = np.linalg.norm(W - _dense(p)(split)) / np.linalg.norm(W)
         np.testing.assert_allclose(error, true, atol=2e-5)
       if p is case.full:
         assert error < 1e-5, f'at full rank the error is {error}'
-      half, _ = p.from_dense(jax.random.key(5), W.astype(jnp.bfloat16))
+      half, _ = from_dense.lower(key, W.astype(jnp.bfloat16)).out_info
       for name, x in named_arrays(Split(half.train)).items():
         assert x.dtype == jnp.bfloat16, f'{name}: {x.dtype}'
 
@@ -129,23 +131,26 @@ def differentiates(case: Case) -> None:
     y = x @ p.materialize(s) if dense else p.apply(s, x)  # pyrefly: ignore
     return jnp.sum(jnp.sin(y))
 
-  grads = jax.grad(loss, argnums=(0, 1))(split.train, x, False)
+  both = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)
+  _, grads = both(split.train, x, False)
   if p.materialize:
-    _close(grads, jax.grad(loss, argnums=(0, 1))(split.train, x, True), 1e-4)
+    _close(grads, both(split.train, x, True)[1], 1e-4)
   along = jax.tree.map(lambda g: _normal(g.size, g.shape), grads)
-  moved = lambda h: jax.tree.map(lambda v, t: v + h * t, (split.train, x), along)
-  step = lambda h: loss(moved(h)[0], moved(h)[1], False)
+  moved = lambda h: jax.tree.map(
+    lambda v, t: np.asarray(v) + np.float32(h) * t, (split.train, x), along
+  )
+  step = lambda h: both(*moved(h), False)[0]
   slope = (step(1e-2) - step(-1e-2)) / 2e-2
-  want = sum(jnp.vdot(g, t) for g, t in zip(*map(jax.tree.leaves, (grads, along))))
+  want = sum(np.vdot(g, t) for g, t in zip(*map(jax.tree.leaves, (grads, along))))
   np.testing.assert_allclose(slope, want, rtol=2e-2, atol=2e-2)
 
 
 def learns(case: Case) -> None:
   """Forty steps with its events lower the loss of a regression; no array stays behind."""
-  p, x = case.kernel, _normal(1, (32, WIDE[0]))
-  y = x @ _normal(4, WIDE) / 4
+  p, x = case.kernel, jnp.asarray(_normal(1, (32, WIDE[0])))
+  y = np.asarray(x) @ _normal(4, WIDE) / 4
   plan, tx = {PATH: p}, adam()
-  weights = _weights(p, p.init(jax.random.key(7), WIDE, jnp.float32), tx)
+  weights = _weights(p, _init(p)(jax.random.key(7), WIDE, jnp.float32), tx)
   start = split_at(PATH, weights.params, weights.fixed).train
 
   @jax.jit
@@ -179,23 +184,29 @@ def learns(case: Case) -> None:
 def stacks_like_a_loop(case: Case) -> None:
   """A stack of kernels is drawn, applied, changed by events and exported one by one."""
   p, keys = case.kernel, jax.random.split(jax.random.key(8), 2)
-  x = _normal(1, (2, 5, WIDE[0]))
-  stacked = jax.vmap(lambda key: p.init(key, WIDE, jnp.float32))(keys)
-  ones = [p.init(key, WIDE, jnp.float32) for key in keys]
-  _close(jax.tree.map(lambda *a: jnp.stack(a), *ones), stacked)
-  out = jax.vmap(p.apply)(stacked, x)
-  for i, one in enumerate(ones):
-    _close(out[i], p.apply(one, x[i]))
-  plan = {PATH: p}
+  x, plan = _normal(1, (2, 5, WIDE[0])), {PATH: case.kernel}
+  stacked = jax.jit(jax.vmap(lambda key: p.init(key, WIDE, jnp.float32)))(keys)
+  ones = [_init(p)(key, WIDE, jnp.float32) for key in keys]
+  _close(jax.tree.map(lambda *a: np.stack(a), *ones), stacked)
   params, fixed, _ = _weights(p, stacked, None)
-  names = {e.name for e in p.events}
+
+  @jax.jit
+  def run(stacked: Split, params: Any, fixed: Any, x: jax.Array, W: jax.Array) -> Any:
+    out = jax.vmap(p.apply)(stacked, x)
+    dense = export(plan, params, fixed) if p.materialize else None
+    new, _ = run_events(plan, {e.name for e in p.events}, Weights(params, fixed), 3)
+    loaded = params | {'layers': {'q': {'kernel': W}}}
+    back, _, errors = convert(plan, loaded, jax.random.key(0))
+    return out, dense, new.params, back, errors
+
+  W = _normal(2, (2, *WIDE))
+  out, dense, new, back, errors = run(stacked, params, fixed, x, W)
+  for i, one in enumerate(ones):
+    _close(np.asarray(out)[i], _apply(p)(one, x[i]))
   if p.materialize:
-    dense = export(plan, params, fixed)
-    _close(dense['layers']['q']['kernel'][1], p.materialize(ones[1]))
-  new, _ = run_events(plan, names, Weights(params, fixed), 3)
-  assert _types(new.params) == _types(params)
-  dense = params | {'layers': {'q': {'kernel': _normal(2, (2, *WIDE))}}}
-  back, _, errors = convert(plan, dense, jax.random.key(0))
+    exported = np.asarray(dense['layers']['q']['kernel'])
+    _close(exported[1], _dense(p)(ones[1]))
+  assert _types(new) == _types(params)
   assert _types(back) == _types(params)
   assert errors[PATH].shape == (2,)
 
@@ -203,13 +214,13 @@ def stacks_like_a_loop(case: Case) -> None:
 def computes_in_bf16(case: Case) -> None:
   """In bfloat16 it stays bfloat16 and near the float32 result."""
   split, x = _moved(case, WIDE), _normal(1, (5, WIDE[0]))
-  want = case.kernel.apply(split, x)
+  want = np.asarray(_apply(case.kernel)(split, x))
   half = lambda a: (
-    a.astype(jnp.bfloat16) if jnp.issubdtype(a.dtype, jnp.floating) else a
+    np.asarray(a, jnp.bfloat16) if jnp.issubdtype(a.dtype, jnp.floating) else a
   )
-  got = case.kernel.apply(jax.tree.map(half, split), half(x))
+  got = _apply(case.kernel)(jax.tree.map(half, split), half(x))
   assert got.dtype == jnp.bfloat16
-  scale = float(jnp.abs(want).max())
+  scale = float(np.abs(want).max())
   np.testing.assert_allclose(got.astype('f4'), want, atol=0.06 * scale)
 
 
@@ -241,11 +252,15 @@ def exports_and_comes_back(case: Case) -> None:
       assert PATH in str(error)
       return
     raise AssertionError('exporting a form that is not linear must fail')
-  dense = export(plan, params, fixed)
-  back = convert({PATH: case.full or case.kernel}, dense, jax.random.key(0))
+
+  @jax.jit
+  def there_and_back(params: Any, fixed: Any) -> Any:
+    dense = export(plan, params, fixed)
+    return dense, convert({PATH: case.full or case.kernel}, dense, jax.random.key(0))
+
+  dense, back = there_and_back(params, fixed)
   if case.full:
-    assert case.full.materialize
-    W = case.full.materialize(split_at(PATH, *back[:2]))
+    W = _dense(case.full)(split_at(PATH, *back[:2]))
     _close(W, dense['layers']['q']['kernel'])
 
 
@@ -254,9 +269,9 @@ def events_keep_their_promise(case: Case) -> None:
   p, tx, x = case.kernel, adam(), _normal(1, (5, WIDE[0]))
   plan = {PATH: p}
   weights = _weights(p, _moved(case, WIDE), tx)
-  full = jax.tree.map(jnp.ones_like, weights.opt_state)
+  full = jax.tree.map(np.ones_like, weights.opt_state)
   weights = weights._replace(opt_state=full)
-  apply = lambda w: p.apply(split_at(PATH, w.params, w.fixed), x)
+  apply = lambda w: _apply(p)(split_at(PATH, w.params, w.fixed), x)
   for event in p.events:
     run = jax.jit(functools.partial(run_events, plan, {event.name}, tx=tx))
     new, report = run(weights, 3)
@@ -264,18 +279,16 @@ def events_keep_their_promise(case: Case) -> None:
     assert _types(new) == _types(weights)
     if event.preserves:
       _close(apply(new), apply(weights), 1e-5)
-    changed = lambda tree: sum(
-      int((a != 1).sum()) for a in jax.tree.leaves((tree.mu, tree.nu))
-    )
-    zeros = sum(
-      int((a == 0).sum()) for a in jax.tree.leaves((new.opt_state.mu, new.opt_state.nu))
-    )
+    state = jax.device_get(new.opt_state)
+    moments = jax.tree.leaves((state.mu, state.nu))
+    changed = sum(int((a != 1).sum()) for a in moments)
+    zeros = sum(int((a == 0).sum()) for a in moments)
     touched = report[event.name]
     assert zeros == touched.zeros, f'{zeros} zeros, {touched} told'
-    assert changed(new.opt_state) <= touched.entries
+    assert changed <= touched.entries
     if event.moments is None:
-      assert changed(new.opt_state) == touched.entries, f'{touched}'
-    others = new.opt_state.mu['norm'], new.opt_state.nu['norm'], new.opt_state.count
+      assert changed == touched.entries, f'{touched}'
+    others = state.mu['norm'], state.nu['norm'], state.count
     held = all(bool((a == 1).all()) for a in others)
     assert held != event.everything, 'moments of another parameter'
     _same(new.params['norm'], weights.params['norm'])
@@ -312,7 +325,7 @@ def shards_like_one_device(case: Case) -> None:
   spread = _weights(p, Split(train, fixed), tx)
   with jax.set_mesh(mesh):
     got = jax.jit(run)(spread, jax.device_put(x, NamedSharding(mesh, P('fsdp'))))
-  _close(jax.device_get(got), run(weights, x), 1e-4)
+  _close(jax.device_get(got), jax.jit(run)(weights, x), 1e-4)
 
 
 CHECKS = (
@@ -331,10 +344,27 @@ CHECKS = (
 
 
 @functools.lru_cache(maxsize=64)
+def _init(p: Parameterization) -> Callable:
+  return jax.jit(p.init, static_argnums=(1, 2))
+
+
+@functools.lru_cache(maxsize=64)
+def _apply(p: Parameterization) -> Callable:
+  return jax.jit(p.apply)
+
+
+@functools.lru_cache(maxsize=64)
+def _dense(p: Parameterization) -> Callable:
+  return jax.jit(p.materialize)  # pyrefly: ignore
+
+
+@functools.lru_cache(maxsize=64)
 def _moved(case: Case, shape: tuple) -> Split:
   """A kernel away from its start, where one factor may be zero."""
-  split = case.kernel.init(jax.random.key(0), shape, jnp.float32)
-  noise = lambda a: a + 0.1 * _normal(a.size, a.shape)
+  split = _init(case.kernel)(jax.random.key(0), shape, jnp.float32)
+  noise = lambda a: jnp.asarray(
+    np.asarray(a) + np.float32(0.1) * _normal(a.size, a.shape)
+  )
   return split._replace(train=jax.tree.map(noise, split.train))
 
 
@@ -345,8 +375,8 @@ def _weights(p: Parameterization, split: Split, tx: Any) -> Weights:
   return Weights(params, fixed, tx.init(params) if tx else None)
 
 
-def _normal(seed: int, shape: tuple) -> jax.Array:
-  return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+def _normal(seed: int, shape: tuple) -> np.ndarray:
+  return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def _types(tree: Any) -> Any:
