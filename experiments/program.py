@@ -109,9 +109,15 @@ def make_mesh(experiment: Experiment) -> Mesh:
   )
 
 
-def build(experiment: Experiment) -> Program:
-  """Everything an experiment computes; nothing is compiled or allocated yet."""
-  mesh, tx = make_mesh(experiment), optimizers.make(experiment)
+def build(experiment: Experiment, mesh: Mesh | None = None) -> Program:
+  """Everything an experiment computes; nothing is compiled or allocated yet.
+
+  Args:
+    experiment: the config.
+    mesh: of other devices than those at hand, to compile for them; none: `make_mesh`.
+  """
+  mesh = make_mesh(experiment) if mesh is None else mesh
+  tx = optimizers.make(experiment)
   rate = optimizers.schedule(experiment)
   kept = storage(experiment)
   kernel = kernels.make(experiment)
