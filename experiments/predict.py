@@ -129,7 +129,7 @@ def predict(compiled: Any, device: Device) -> list[Prediction]:
   return out
 
 
-def table(name: str, found: Sequence[Prediction]) -> str:
+def table(name: str, found: Sequence[Prediction], device: Device) -> str:
   """Predictions in Markdown: GB of 10^9 bytes and ms, all of one device."""
   lines = [
     '| run | step | state GB | peak GB | TFLOP | memory GB | sent GB | compute ms |'
@@ -140,7 +140,8 @@ def table(name: str, found: Sequence[Prediction]) -> str:
     c, ms = p.cost, [1e3 * t for t in (p.compute, p.memory, p.network)]
     mark = '*' if c.endless or c.uncounted else ''
     lines.append(
-      f'| {name} | {p.step}{mark} | {p.arguments / 1e9:.2f} | {p.peak / 1e9:.2f} |'
+      f'| {name} | {p.step}{mark} | {p.arguments / 1e9:.2f} | {p.peak / 1e9:.2f} of'
+      f' {device.memory / 1e9:.0f} |'
       f' {c.flops.total() / 1e12:.2f} | {c.bytes / 1e9:.1f} | {c.sent / 1e9:.2f} |'
       f' {ms[0]:.1f} | {ms[1]:.1f} | {ms[2]:.1f} |'
       f' {1e3 * p.overlapped:.0f} to {1e3 * p.serial:.0f} |'
@@ -163,6 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   words = sys.argv[1:] if argv is None else argv
   one_process()
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+  # Otherwise libtpu waits for the metadata server that TPU machines have.
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   flags = os.environ.get('XLA_FLAGS', '')
   if 'host_platform_device_count' not in flags:
     # Only for --compiler cpu; a simulated device costs nothing until it is used.
@@ -180,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return errors.EXIT_BAD_CONFIG
   found = predict(compiled, DEVICES[kind])
   print(f'{asked.topology}, compiler of the {asked.compiler}; {DEVICES[kind].source}')
-  print(table(f'{experiment.name}, {experiment.optimizer.name}', found))
+  print(table(f'{experiment.name}, {experiment.optimizer.name}', found, DEVICES[kind]))
   for p in found:
     c = p.cost
     print(f'{p.step} sends (GB): {collectives(c)}')

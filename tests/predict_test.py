@@ -192,7 +192,7 @@ def test_a_table_has_a_row_for_each_kind_of_step(found):
   assert refresh.cost.flops.total() > steady.cost.flops.total()
   assert steady.peak >= steady.arguments
   assert steady.overlapped <= steady.serial <= steady.overlapped + steady.network
-  head, line, *rows = predict.table('tiny', found).splitlines()
+  head, line, *rows = predict.table('tiny', found, predict.DEVICES['h200']).splitlines()
   assert {row.count('|') for row in (head, line, *rows)} == {12}
   assert [row.split('|')[2].strip(' *') for row in rows] == ['steady', 'refresh']
   assert 'all-reduce f32' in predict.collectives(steady.cost)
@@ -211,3 +211,13 @@ def test_a_mesh_must_match_the_topology(capsys):
     predict.compile_step(TINY, 'v5e:16x16', 'cpu')
   assert predict.main(['--topology', 'v5p:2x2']) == 2
   assert "'v5p:2x2'; write" in capsys.readouterr().err
+
+
+def test_the_command_prints_the_table(monkeypatch, capsys, compiled):
+  monkeypatch.setattr(predict, 'compile_step', lambda *asked: compiled)
+  words = ['--preset', 'smoke', '--topology', 'h200:8', '--compiler', 'cpu']
+  assert predict.main(words) == 0
+  out = capsys.readouterr().out
+  assert '| smoke, galore | steady |' in out
+  assert 'refresh lacks: 0 loops of unknown length' in out
+  assert predict.DEVICES['h200'].source in out
