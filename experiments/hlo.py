@@ -129,8 +129,8 @@ class _Walk:
     elif one.op == 'fusion':
       inner = frame.call(one, 'calls')
       self._multiplied(inner, total, channels)
-      inside = self.module.computations[inner.computation]
-      total.bytes += moved_by_fusion(one, here.operands(one), inside)
+      given = here.operands(one)
+      total.bytes += moved_by_fusion(one, given, self.module.computations)
     elif one.op == 'call':
       total.add(self.walk(frame.call(one, 'to_apply')))
     elif one.op.endswith('-start') and one.called('calls'):

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from experiments.hlo_text import Array, Computation, Instruction
@@ -158,39 +158,61 @@ def moved(one: Instruction, given: Sequence[Instruction]) -> float:
 
 
 def moved_by_fusion(
-  one: Instruction, given: Sequence[Instruction], inner: Computation
+  one: Instruction,
+  given: Sequence[Instruction],
+  computations: Mapping[str, Computation],
 ) -> float:
   """The same of a fusion: what is only sliced or replaced in place counts by the part."""
-  users: dict[str, list[Instruction]] = {name: [] for name in inner.table}
-  for user in inner.table.values():
-    for name in {*user.operands}:
-      users[name].append(user)
-
-  def read(name: str) -> float:
-    part = 0.0
-    for user in users[name]:
-      first = user.operands[0] == name
-      if user.op in _SLICES and first:
-        part += _all(user.arrays)
-      elif user.op in SAME:
-        part += read(user.name)
-      elif user.op != 'dynamic-update-slice' or not first:
-        return math.inf
-    return part
-
-  def written(out: Instruction) -> float:
-    out = inner.skip(out, SAME)
-    if out.op == 'dynamic-update-slice':
-      return _all(inner.table[out.operands[1]].arrays)
-    return math.inf
-
+  inner = computations[one.called('calls')]
   total = 0.0
   for p in inner.table.values():
     if p.op == 'parameter':
-      total += min(read(p.name), _main(given[int(p.literal)].arrays))
-  root = inner.root
-  outs = inner.operands(root) if root.op == 'tuple' else [root]
-  return total + sum(min(written(o), _main([x])) for o, x in zip(outs, one.arrays))
+      whole = _main(given[int(p.literal)].arrays)
+      total += min(_read(p.name, inner, computations), whole)
+  outs = inner.operands(inner.root) if inner.root.op == 'tuple' else [inner.root]
+  for out, x in zip(outs, one.arrays):
+    total += min(_written(out, inner, computations), _main([x]))
+  return total
+
+
+def _read(
+  name: str, inner: Computation, computations: Mapping[str, Computation]
+) -> float:
+  """Bytes that a fusion reads of one of its values; infinite: all of them."""
+  part = 0.0
+  for user in inner.table.values():
+    at = [i for i, operand in enumerate(user.operands) if operand == name]
+    if (
+      not at or user.op == 'tuple' or (user.op == 'dynamic-update-slice' and at == [0])
+    ):
+      continue
+    if user.op in _SLICES and at == [0]:
+      part += _all(user.arrays)
+    elif user.op in SAME:
+      part += _read(user.name, inner, computations)
+    elif user.op == 'fusion':
+      nested = computations[user.called('calls')]
+      for p in nested.table.values():
+        if p.op == 'parameter' and int(p.literal) in at:
+          part += _read(p.name, nested, computations)
+    else:
+      return math.inf
+  return part
+
+
+def _written(
+  out: Instruction, inner: Computation, computations: Mapping[str, Computation]
+) -> float:
+  """Bytes that a fusion writes of one of its results; infinite: all of them."""
+  out = inner.skip(out, SAME)
+  if out.op == 'parameter':  # handed on as it is
+    return 0
+  if out.op == 'dynamic-update-slice':
+    return _all(inner.table[out.operands[1]].arrays)
+  if out.op == 'fusion':
+    nested = computations[out.called('calls')]
+    return _written(nested.root, nested, computations)
+  return math.inf
 
 
 def _main(arrays: Sequence[Array]) -> float:
