@@ -125,6 +125,39 @@ ENTRY %main (x: f32[8,16], w: f32[16,32]) -> f32[8,32] {
 }
 """  # noqa: E501
 
+PIECES = """HloModule jit_f, num_partitions=8
+%slice (a: f32[32,4,8], j: s32[]) -> f32[1,4,8] {
+  %a = f32[32,4,8]{2,1,0} parameter(0)
+  %j = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %row = f32[1,4,8]{2,1,0} dynamic-slice(%a, %j, %zero, %zero)
+}
+%piece (x: f32[32,4,8], i: s32[], w: bf16[1,8]) -> (f32[1,4,8], bf16[1,8]) {
+  %x = f32[32,4,8]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %w = bf16[1,8]{1,0} parameter(2)
+  %y = f32[1,4,8]{2,1,0} fusion(%x, %i), kind=kLoop, calls=%slice
+  %all = bf16[8,8]{1,0:S(1)} all-gather(%w), channel_id=3, dimensions={0}
+  ROOT %out = (f32[1,4,8], bf16[1,8]) tuple(%y, %w)
+}
+ENTRY %main (x: f32[32,4,8], i: s32[], w: bf16[1,8]) -> bf16[1,8] {
+  %x = f32[32,4,8]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %w = bf16[1,8]{1,0} parameter(2)
+  %first = (f32[1,4,8], bf16[1,8]) fusion(%x, %i, %w), kind=kOutput, calls=%piece
+  %v = bf16[1,8]{1,0} get-tuple-element(%first), index=1
+  %second = (f32[1,4,8], bf16[1,8]) fusion(%x, %i, %v), kind=kOutput, calls=%piece
+  ROOT %u = bf16[1,8]{1,0} get-tuple-element(%second), index=1
+}
+"""
+
+
+def test_a_collective_in_pieces_counts_once_and_a_slice_in_a_nested_fusion_by_its_part():
+  found = hlo.cost(PIECES)
+  assert found.collectives == {Collective('all-gather', 'bf16', 8 * 8 * 2, 8): 1}
+  row, index, shard = 4 * 4 * 8, 4, 2 * 8
+  assert found.bytes == 2 * (row + index + shard + row)
+
 
 def test_programs_for_tpus():
   found = hlo.cost(TPU)
