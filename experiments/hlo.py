@@ -143,14 +143,17 @@ class _Walk:
 
   def _multiplied(self, frame: Frame, total: Cost, channels: set[str]) -> None:
     """Products and collectives inside a fusion, whose other work stays on the chip."""
-    for one in self.module.computations[frame.computation].table.values():
-      channel = one.find(r'channel_id=(\d+)')
+    here = self.module.computations[frame.computation]
+    for one in here.table.values():
       if one.op == 'fusion':
         self._multiplied(frame.call(one, 'calls'), total, channels)
-      elif channel not in channels:
+      elif one.op not in COLLECTIVES:
         self._operate(one, frame, total)
-      # A collective that runs beside products is in several fusions, with a piece each.
-      channels |= {channel} - {''}
+      # One that runs beside products is in several fusions, with a piece in each.
+      elif (channel := one.find(r'channel_id=(\d+)')) not in channels:
+        channels.add(channel)
+        self._operate(one, frame, total)
+        total.bytes += moved(one, here.operands(one))
 
   def _operate(self, one: Instruction, frame: Frame, total: Cost) -> None:
     operands = self.module.computations[frame.computation].operands(one)
@@ -164,7 +167,7 @@ class _Walk:
 
 
 def _trips(module: Module, loop: Instruction, frame: Frame) -> int | None:
-  """How often a loop runs, if it is `for i in range(start, stop)`."""
+  """How often a loop runs, if it is `for i in range(start, stop, step)`."""
   if known := loop.find(r'"known_trip_count":\{"n":"(\d+)"'):
     return int(known)
   test = frame.call(loop, 'condition')
@@ -172,8 +175,33 @@ def _trips(module: Module, loop: Instruction, frame: Frame) -> int | None:
     test = test.call(compare, 'calls')
   if compare.op != 'compare' or 'direction=LT' not in compare.rest:
     return None
-  first, last = (_value(module, n, test, loop) for n in compare.operands)
-  return None if first is None or last is None else max(last - first, 0)
+  counter, end = compare.operands
+  first, last = (_value(module, n, test, loop) for n in (counter, end))
+  if first is None or last is None:
+    return None
+  step = _step(module, _index(module, counter, test), frame.call(loop, 'body'))
+  return step and max(-((first - last) // step), 0)
+
+
+def _index(module: Module, name: str, frame: Frame) -> str:
+  """Where in what a loop carries a value of its condition is."""
+  here = module.computations[frame.computation]
+  one = here.skip(here.table[name], SAME)
+  if one.op == 'parameter' and frame.caller and frame.above:
+    return _index(module, frame.caller.operands[int(one.literal)], frame.above)
+  return one.find(r'index=(\d+)')
+
+
+def _step(module: Module, index: str, frame: Frame) -> int | None:
+  """What the body of a loop adds to the value at `index`."""
+  body = module.computations[frame.computation]
+  one = body.skip(body.table[body.root.operands[int(index)]], SAME)
+  while one.op == 'fusion':
+    frame = frame.call(one, 'calls')
+    body = module.computations[frame.computation]
+    one = body.skip(body.root, SAME)
+  known = [_value(module, name, frame, None) for name in one.operands]
+  return next((n for n in known if n is not None), None) if one.op == 'add' else None
 
 
 def _value(

@@ -11,6 +11,8 @@ COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all')
 COLLECTIVES += ('collective-permute', 'ragged-all-to-all', 'collective-broadcast')
 SAME = ('bitcast', 'copy', 'convert', 'reshape')
 _SLICES = ('dynamic-slice', 'slice', 'gather')
+# Of what comes out of them a slice needs only a part of what went in.
+_THROUGH = (*SAME, 'pad', 'transpose')
 
 
 class Collective(NamedTuple):
@@ -182,13 +184,13 @@ def _read(
   part = 0.0
   for user in inner.table.values():
     at = [i for i, operand in enumerate(user.operands) if operand == name]
-    if (
-      not at or user.op == 'tuple' or (user.op == 'dynamic-update-slice' and at == [0])
-    ):
+    if not at or user.op in ('tuple', *COLLECTIVES):
+      continue
+    if user.op == 'dynamic-update-slice' and at == [0]:
       continue
     if user.op in _SLICES and at == [0]:
       part += _all(user.arrays)
-    elif user.op in SAME:
+    elif user.op in _THROUGH:
       part += _read(user.name, inner, computations)
     elif user.op == 'fusion':
       nested = computations[user.called('calls')]
@@ -205,7 +207,7 @@ def _written(
 ) -> float:
   """Bytes that a fusion writes of one of its results; infinite: all of them."""
   out = inner.skip(out, SAME)
-  if out.op == 'parameter':  # handed on as it is
+  if out.op in ('parameter', *COLLECTIVES):  # handed on, or counted by itself
     return 0
   if out.op == 'dynamic-update-slice':
     return _all(inner.table[out.operands[1]].arrays)

@@ -98,17 +98,19 @@ TPU = """HloModule jit_f, num_partitions=8
 %body (q: (s32[], bf16[4,8,16], s32[])) -> (s32[], bf16[4,8,16], s32[]) {
   %q = (s32[]{:T(128)}, bf16[4,8,16]{2,1,0}, s32[]) parameter(0)
   %j = s32[] get-tuple-element(%q), index=0
+  %two = s32[] constant(2)
+  %k = s32[] add(%j, %two)
   %x = bf16[4,8,16]{2,1,0:T(8,128)(2,1)S(1)} get-tuple-element(%q), index=1
   %m = s32[] get-tuple-element(%q), index=2
   %w = bf16[4,16,16]{2,1,0:S(1)} all-gather(%x), replica_groups=mesh['a'=2,'b'=4] {'b'}
   %y = bf16[4,8,16]{2,1,0} convolution(%x, %w), WINDOW, dim_labels=0bf_0io->0bf
-  ROOT %out = (s32[], bf16[4,8,16], s32[]) tuple(%j, %y, %m)
+  ROOT %out = (s32[], bf16[4,8,16], s32[]) tuple(%k, %y, %m)
 }
 ENTRY %main (x: bf16[4,8,16]) -> bf16[4,8,16] {
   %x = bf16[4,8,16]{2,1,0} parameter(0)
   %zero = s32[] constant(0)
-  %seven = s32[]{:T(128)} constant(7)
-  %start = (s32[], bf16[4,8,16], /*index=2*/s32[]) tuple(%zero, %x, %seven)
+  %end = s32[]{:T(128)} constant(13)
+  %start = (s32[], bf16[4,8,16], /*index=2*/s32[]) tuple(%zero, %x, %end)
   %loop = (s32[], bf16[4,8,16], s32[]) while(%start), condition=%test, body=%body
   ROOT %y = bf16[4,8,16]{2,1,0} get-tuple-element(%loop), index=1
 }
@@ -156,7 +158,7 @@ def test_a_collective_in_pieces_counts_once_and_a_slice_in_a_nested_fusion_by_it
   found = hlo.cost(PIECES)
   assert found.collectives == {Collective('all-gather', 'bf16', 8 * 8 * 2, 8): 1}
   row, index, shard = 4 * 4 * 8, 4, 2 * 8
-  assert found.bytes == 2 * (row + index + shard + row)
+  assert found.bytes == 2 * (row + index + row) + shard
 
 
 def test_programs_for_tpus():
@@ -165,7 +167,8 @@ def test_programs_for_tpus():
   assert found.collectives == {
     Collective('all-gather', 'bf16', 4 * 4 * 8 * 16 * 2, 4): 7
   }
-  assert found.bytes == 7 * 2 * 4 * 8 * 16  # what is in memory S(1) is on the chip
+  # What is in memory S(1) is on the chip; k = j + 2 is three integers.
+  assert found.bytes == 7 * (2 * 4 * 8 * 16 + 3 * 4)
   assert not found.endless
 
 
