@@ -70,9 +70,15 @@ def make_mesh(experiment: Experiment) -> Mesh:
   )
 
 
-def build(experiment: Experiment) -> Program:
-  """Everything an experiment computes; nothing is compiled or allocated yet."""
-  mesh, c = make_mesh(experiment), Computation(experiment)
+def build(experiment: Experiment, mesh: Mesh | None = None) -> Program:
+  """Everything an experiment computes; nothing is compiled or allocated yet.
+
+  Args:
+    experiment: the config.
+    mesh: of other devices than those at hand, to compile for them; none: `make_mesh`.
+  """
+  mesh = make_mesh(experiment) if mesh is None else mesh
+  c = Computation(experiment)
   abstract = jax.eval_shape(c.init)
   specs = _state_specs(c, abstract, mesh)
   shardings = jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
