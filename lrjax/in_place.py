@@ -1,6 +1,5 @@
 """Weights and state moved in one step, without a tree of updates in between."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lrjax.kernels import lift_and_apply
+from lrjax.kernels.blocks import Side
 from lrjax.matrices import MatricesState, nodes
 from lrjax.recording import noted
 from lrjax.stacks import fold_in_path
@@ -64,12 +64,13 @@ def in_place(
       steps = sum(m.count for m in nodes(new, MatricesState))
       key = jax.random.fold_in(jax.random.key(seed), steps)
 
-    def move(path: Any, w: jax.Array, u: Any) -> jax.Array:
+    def move(path: Any, w: jax.Array, u: Any) -> Any:
       if not isinstance(u, Lifted):
         return optax.apply_updates(w, u)
       name = leaf_path(path)
       plan, rule = seen.rules[name]
-      basis = over_stack(plan, functools.partial(rule.subspace, d=plan.matrix[0]))
+      subspace: Any = rule.subspace
+      basis = over_stack(plan, lambda s: subspace(s, plan.matrix[0]))
       rounds = key is not None and w.dtype == jnp.bfloat16
       keys = fold_in_path(key, name) if rounds else None
       return _moved(w, basis(slots[name].state), u, plan, keys, implementation)
@@ -94,7 +95,7 @@ def _moved(
   assert plan.axes is not None
   stack, ins, outs = plan.axes
   as_it_lies = (*stack, *ins, *outs) == (*range(w.ndim),) and len(ins + outs) == 2
-  side = plan.side if as_it_lies else 'in'
+  side: Side = 'out' if as_it_lies and plan.side == 'out' else 'in'
   keys = None if key is None else jax.random.split(key, plan.stack)
 
   def one(w: jax.Array, p: jax.Array, low: jax.Array, key: Any = None) -> jax.Array:
