@@ -197,13 +197,17 @@ def build(experiment: Experiment) -> Program:
     return jax.grad(loss)(kept.decode(params), fixed, tokens)
 
   specs = param_specs(params, kernel)
+  try:
+    opt_specs = lrjax.state_specs(tx, params, specs, mesh)
+  except ValueError as e:  # an axis that does not divide a parameter
+    raise ConfigError(f'mesh {dict(mesh.shape)}: {e}') from e
   abstract = jax.eval_shape(init)
   whole = lambda tree: jax.tree.map(lambda _: PartitionSpec(), tree)
   state_specs = dict(
     whole(abstract),
     params=kept.specs(params, specs),
     fixed=param_specs(fixed, kernel),
-    opt=lrjax.state_specs(tx, params, specs, mesh),
+    opt=opt_specs,
   )
   shardings = jax.tree.map(lambda s: NamedSharding(mesh, s), state_specs)
   place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)

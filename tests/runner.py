@@ -51,7 +51,8 @@ def command(experiment: Experiment, root: pathlib.Path, *flags: str) -> list[str
 
 def environment(root: pathlib.Path) -> dict[str, str]:
   """One device, and compiled programs kept between the processes of a test."""
-  env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+  # Compiled as in this process, quickly, so that a run here has the same bits.
+  env = os.environ | dict(XLA_FLAGS='--xla_backend_optimization_level=0')
   cache = dict(
     JAX_COMPILATION_CACHE_DIR=str(root / 'cache'),
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',
