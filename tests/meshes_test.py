@@ -58,7 +58,8 @@ def test_state_is_split_along_sides_and_never_along_ranks(name):
     ):
       # A rank, a stack, the blocks of 8-bit moments: all have other sizes.
       for size, axis in zip(x.shape, (*spec, *[None] * (x.ndim - len(spec)))):
-        assert axis == SIDES.get(size), f'{jax.tree_util.keystr(path)} {x.shape}: {spec}'
+        leaf = jax.tree_util.keystr(path)
+        assert axis == SIDES.get(size), f'{leaf} {x.shape}: {spec}'
         seen.add(axis)
     assert {'fsdp', 'tensor'} <= seen
 
