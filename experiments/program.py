@@ -121,7 +121,8 @@ def _check_projected(c: Computation, abstract: Any) -> None:
   o, kernel, data = (getattr(c.experiment, x) for x in ('optimizer', 'kernel', 'data'))
   if not lrjax.projectable(c.tx, c.params):
     raise ConfigError(
-      f'optimizer.projected_backward: {o.name} with these options needs gradients in full'
+      f'optimizer.projected_backward: {o.name} with these options needs all gradients in'
+      f' full, or projects nothing of kernel {kernel.name}'
     )
   tokens = jax.ShapeDtypeStruct((data.batch_size, data.seq_len + 1), 'int32')
   try:
@@ -136,10 +137,14 @@ def _check_projected(c: Computation, abstract: Any) -> None:
 def _state_specs(c: Computation, abstract: Any, mesh: Mesh) -> Any:
   """The partition specs of a run's state."""
   specs = param_specs(c.params, c.kernel)
+  try:
+    opt = lrjax.state_specs(c.tx, c.params, specs, mesh)
+  except ValueError as e:  # an axis that does not divide a parameter
+    raise ConfigError(f'mesh {dict(mesh.shape)}: {e}') from e
   whole = jax.tree.map(lambda _: PartitionSpec(), abstract)
   return dict(
     whole,
     params=c.storage.specs(c.params, specs),
     fixed=param_specs(c.fixed, c.kernel),
-    opt=lrjax.state_specs(c.tx, c.params, specs, mesh),
+    opt=opt,
   )

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from experiments import command_line, one_process
 from experiments.entry import run_command
+from experiments.errors import ConfigError
 from experiments.signals import Preemption
 
 
@@ -26,6 +27,8 @@ class Command(command_line.Command):
       that jax knows; none: one process.
     processes: number of processes, with a coordinator that is not 'auto'.
     process: number of this process, from 0.
+    heartbeat: seconds without a sign of life after which a process is taken for dead
+      and all others are ended.
   """
 
   runs: str = 'runs'
@@ -35,6 +38,7 @@ class Command(command_line.Command):
   coordinator: str | None = None
   processes: int = 1
   process: int = 0
+  heartbeat: int = 100
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,16 +71,36 @@ def train(words: Sequence[str], preemption: Preemption) -> None:
 
 
 def connect(asked: Command) -> None:
-  """Joins the other processes of a multi-process run."""
+  """Joins the other processes of a multi-process run.
+
+  Raises:
+    ConfigError: for flags that do not fit together, and 'auto' where there is no cluster.
+  """
+  if asked.heartbeat < 1:
+    raise ConfigError(f'heartbeat must be at least 1 second, got {asked.heartbeat}')
   if asked.coordinator is None:
     one_process()
     return
   import jax
 
-  if asked.coordinator == 'auto':
-    jax.distributed.initialize()
-  else:
-    jax.distributed.initialize(asked.coordinator, asked.processes, asked.process)
+  patience = dict(heartbeat_timeout_seconds=asked.heartbeat)
+  if asked.coordinator != 'auto':
+    if not 0 <= asked.process < asked.processes:
+      raise ConfigError(
+        f'process must be from 0 to processes - 1 = {asked.processes - 1}, got'
+        f' {asked.process}'
+      )
+    jax.distributed.initialize(
+      asked.coordinator, asked.processes, asked.process, **patience
+    )
+    return
+  try:
+    jax.distributed.initialize(**patience)
+  except ValueError as e:  # jax found no cluster to ask
+    raise ConfigError(
+      f'coordinator auto: jax knows no cluster here ({e}); give host:port, --processes'
+      f' and --process, or leave it out for one process'
+    ) from e
 
 
 if __name__ == '__main__':

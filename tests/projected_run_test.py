@@ -44,9 +44,9 @@ def test_what_cannot_be_projected_is_refused():
     Optimizer('galore', 1e-2, projected_backward=True)
   fira = optimizer('fira', rank=4)
   with pytest.raises(
-    errors.ConfigError, match='fira with these options needs gradients'
+    errors.ConfigError, match='fira with these options needs all gradients'
   ):
     program.build(runner.tiny(optimizer=fira))
   kernel = Kernel('monarch', {'nblocks': 4})
   with pytest.raises(errors.ConfigError, match='kernel monarch does more with its'):
-    program.build(runner.tiny(optimizer=optimizer(), kernel=kernel))
+    program.build(runner.tiny(optimizer=optimizer(rank=2), kernel=kernel))

@@ -52,6 +52,7 @@ def command(experiment: Experiment, root: pathlib.Path, *flags: str) -> list[str
 
 def environment(root: pathlib.Path) -> dict[str, str]:
   """One device, and compiled programs kept between the processes of a test."""
+  # Compiled as in this process, quickly, so that a run here has the same bits.
   env = os.environ | {'XLA_FLAGS': ' '.join(QUICK)}
   cache = dict(
     JAX_COMPILATION_CACHE_DIR=str(root / 'cache'),

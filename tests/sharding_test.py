@@ -1,8 +1,5 @@
 """Where state lives on a mesh, and what a step sends over it."""
 
-import math
-import re
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -13,6 +10,7 @@ from samples import matrix
 
 import lrjax
 from lrjax.matrices import MatricesState, nodes
+from lrjax.testing import collectives
 
 MESH = jax.make_mesh((2, 2), ('fsdp', 'tensor'), axis_types=(AxisType.Auto,) * 2)
 shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
@@ -138,36 +136,37 @@ def test_specs_that_do_not_fit_are_refused(specs, message):
     )
 
 
-def collectives(shape, spec, **kw):
+def sent(tx, shape, spec):
   """(operation, elements) for what every step sends, and for what refreshes send."""
   params, where = {'w': matrix(shape)}, {'w': spec}
-  tx = lrjax.scale_by_galore(rank=3, **kw)
   named = lambda tree: jax.tree.map(lambda s: NamedSharding(MESH, s), tree)
   placed = named(where), named(lrjax.state_specs(tx, params, where, MESH))
   update = jax.jit(tx.update, in_shardings=placed, out_shardings=placed)
   text = update.lower(params, tx.init(params)).compile().as_text()
-  steady, refresh = [], []
-  for part in re.split(r'\n(?=%|ENTRY )', text):
-    # Whatever is not called from the entry by a fusion hangs below the conditional.
-    out = steady if part.startswith('ENTRY') else refresh
-    for types, op in re.findall(r' = (\(.*?\)|\S+) (all-\w+|collective-\w+)\(', part):
-      out.extend(
-        (op, math.prod(int(n) for n in dims.split(',') if n))
-        for dims in re.findall(r'\w+\[([\d,]*)\]', types)
-      )
   assert ' conditional(' in text
-  return steady, refresh
+  return collectives(text)
 
 
 def test_a_steady_step_sends_the_projection_once_and_nothing_else():
-  steady, _ = collectives((16, 24), P('fsdp', 'tensor'))
+  tx = lrjax.scale_by_galore(rank=3)
+  steady, _ = sent(tx, (16, 24), P('fsdp', 'tensor'))
   assert {op for op, _ in steady} == {'all-reduce'}
   assert [n for _, n in steady if n > 1] == [3 * 24 // 2]
-  steady, _ = collectives((16, 24), P(None, 'tensor'))
+  steady, _ = sent(tx, (16, 24), P(None, 'tensor'))
   assert [n for _, n in steady if n > 1] == []
 
 
-def test_a_split_stack_sends_flags_only_refreshes_included():
-  steady, refresh = collectives((4, 16, 24), P('fsdp', None, None))
+SPLIT_STACK = {
+  'eigh': lrjax.scale_by_galore(rank=3),
+  'randomized_svd': lrjax.scale_by_galore(rank=3, basis='randomized_svd'),
+  'subspace_iteration': lrjax.scale_by_galore(rank=3, basis='subspace_iteration'),
+  'fira': lrjax.scale_by_fira(rank=3, guard='matrix'),
+}
+
+
+@pytest.mark.parametrize('name', SPLIT_STACK)
+def test_a_split_stack_sends_flags_only_refreshes_included(name):
+  steady, refresh = sent(SPLIT_STACK[name], (4, 16, 24), P('fsdp', None, None))
+  # Whether all gradients are good, and whether any basis is due.
   assert {op for op, _ in steady + refresh} == {'all-reduce'}
   assert max(n for _, n in steady + refresh) == 1

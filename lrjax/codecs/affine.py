@@ -138,4 +138,6 @@ def split(x: jax.Array, size: int) -> jax.Array:
 
 def join(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """The array of which `split` made blocks."""
-  return blocks.reshape(-1)[: math.prod(shape)].reshape(shape)
+  if blocks.size > (size := math.prod(shape)):
+    blocks = blocks.reshape(-1)[:size]
+  return blocks.reshape(shape)

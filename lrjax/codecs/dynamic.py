@@ -30,7 +30,9 @@ def dynamic8(signed: bool = True, block: int = 256) -> Codec:
   The map has seven decades, each with twice as many steps as the one below: relative
   precision for small values, absolute precision for large ones, as moments need. Blocks
   run along the first axis first, so those of moments (r, k) run along the rank, and a
-  split of k between devices cuts none of them where r k / devices divides by `block`.
+  split of k between devices cuts none of them where r k / devices divides by `block`. Of
+  a matrix split along its first axis each part must divide by `block`, or else the
+  moments are gathered at every step.
 
   With `signed=False` what is positive never becomes zero, but the smallest positive value
   of the map: a second moment of zero would make the update infinite.
@@ -57,20 +59,28 @@ def dynamic8(signed: bool = True, block: int = 256) -> Codec:
   nearest = bisector((table[:-1] + table[1:]) / 2)
 
   def encode(x: jax.Array) -> Dynamic8:
-    blocks = split(x.T, block)
+    blocks = in_blocks(x.T, block)
     scale = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True).astype(jnp.float32)
     unit = blocks / jnp.where(scale > 0, scale, 1)
     codes = nearest(unit)
     if not signed:
       codes = jnp.maximum(codes, (blocks > 0).astype(jnp.uint8))
-    return Dynamic8(join(codes, x.T.shape).T, scale[:, 0])
+    return Dynamic8(join(codes, x.T.shape).T, scale.reshape(-1))
 
   def decode(stored: Dynamic8) -> jax.Array:
-    codes = stored.codes.T
-    values = jnp.asarray(table)[split(codes, block)] * stored.scale[:, None]
-    return join(values, codes.shape).T
+    codes = in_blocks(stored.codes.T, block)
+    scale = stored.scale.reshape(*codes.shape[:-1], 1)
+    return join(jnp.asarray(table)[codes] * scale, stored.codes.T.shape).T
 
   return Codec(encode, decode)
+
+
+def in_blocks(x: jax.Array, block: int) -> jax.Array:
+  """All values in blocks (..., block), the last one filled up with zeros."""
+  # Flattened, a matrix whose axes are both split between devices would be gathered.
+  if x.ndim > 1 and x.shape[-1] % block == 0:
+    return x.reshape(*x.shape[:-1], -1, block)
+  return split(x, block)
 
 
 def bisector(thresholds: np.ndarray) -> Callable:

@@ -1,0 +1,121 @@
+"""Every optimizer on meshes of eight devices: where its state lies and what it sends."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conformance_test import METHODS
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from samples import matrix
+
+import lrjax
+from lrjax.testing import collectives, trajectory
+
+MESHES = {
+  '1 x 8': ((1, 8), ('fsdp', 'tensor')),
+  '8 x 1': ((8, 1), ('fsdp', 'tensor')),
+  '4 x 2': ((4, 2), ('fsdp', 'tensor')),
+  '2 x 2 x 2': ((2, 2, 2), ('data', 'fsdp', 'tensor')),
+}
+# d = 24 lies along `fsdp` and k = 32 along `tensor`, whatever way a matrix is turned.
+D, K = 24, 32
+# Long enough for blocks of 8-bit moments that no device shares with another.
+V = 2048
+SHAPES = {
+  'q/kernel': (D, K),
+  'stack/kernel': (2, K, D),
+  'embedding': (V, D),
+  'scale': (D,),
+}
+SPECS = {
+  'q/kernel': P('fsdp', 'tensor'),
+  'stack/kernel': P(None, 'tensor', 'fsdp'),
+  'embedding': P('tensor', 'fsdp'),
+  'scale': P('fsdp'),
+}
+SIDES = {D: 'fsdp', K: 'tensor', V: 'tensor'}
+PARAMS = {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in SHAPES.items()}
+
+
+def mesh_of(name):
+  sizes, axes = MESHES[name]
+  return jax.make_mesh(sizes, axes, axis_types=(AxisType.Auto,) * len(axes))
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_state_is_split_along_sides_and_never_along_ranks(name):
+  tx = METHODS[name]
+  state = jax.eval_shape(tx.init, PARAMS)
+  for mesh in map(mesh_of, MESHES):
+    specs = lrjax.state_specs(tx, PARAMS, SPECS, mesh)
+    assert jax.tree.structure(specs) == jax.tree.structure(state)
+    seen = set()
+    for (path, x), spec in zip(
+      jax.tree.leaves_with_path(state), jax.tree.leaves(specs)
+    ):
+      # A rank, a stack, the blocks of 8-bit moments: all have other sizes.
+      for size, axis in zip(x.shape, (*spec, *[None] * (x.ndim - len(spec)))):
+        leaf = jax.tree_util.keystr(path)
+        assert axis == SIDES.get(size), f'{leaf} {x.shape}: {spec}'
+        seen.add(axis)
+    assert {'fsdp', 'tensor'} <= seen
+
+
+@functools.cache
+def on_one_device(name):
+  """Gradients of four steps, and the updates they give on one device."""
+  params = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), PARAMS)
+  draw = lambda x, t: matrix(x.shape, t) if x.ndim > 1 else jnp.ones(D)
+  grads = [{n: draw(x, t) for n, x in params.items()} for t in range(4)]
+  return params, grads, trajectory(METHODS[name], params, grads)[0]
+
+
+def compiled(name, mesh):
+  """The update for this placement, and the placement."""
+  tx = METHODS[name]
+  named = lambda specs: jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
+  specs = named(SPECS), named(lrjax.state_specs(tx, PARAMS, SPECS, mesh))
+  update = jax.jit(tx.update, in_shardings=(*specs, specs[0]), out_shardings=specs)
+  state = jax.eval_shape(tx.init, PARAMS)
+  return update.lower(PARAMS, state, PARAMS).compile(), specs
+
+
+def allowed(name, mesh):
+  """The most numbers that one collective of a step between refreshes may result in."""
+  projected = 2 * 4 * K  # P^T G of the stack, rank 4
+  if name == 'ldadam':  # or the rows of P that its QR needs
+    return max(projected // mesh.shape['tensor'], 2 * 4 * D)
+  # At this size a block of 8-bit moments has parts on several devices.
+  return projected if name == 'galore_8bit' else projected // mesh.shape['tensor']
+
+
+@pytest.mark.parametrize('mesh', ['1 x 8', '8 x 1', '4 x 2'])
+@pytest.mark.parametrize('name', ['fira', 'galore_8bit', 'ldadam'])
+def test_eight_devices_are_one_device_and_no_gradient_travels(name, mesh):
+  mesh = mesh_of(mesh)
+  step, (where, state_where) = compiled(name, mesh)
+  params, grads, want = on_one_device(name)
+  params, state = jax.device_put(
+    (params, METHODS[name].init(params)), (where, state_where)
+  )
+  # One program for all steps: it refuses a state that is placed otherwise.
+  for g, w in zip(grads, want):
+    u, state = step(jax.device_put(g, where), state, params)
+    for leaf, x in u.items():
+      # Adam divides small numbers by small ones: sums in another order show.
+      np.testing.assert_allclose(x, w[leaf], atol=1e-4, rtol=1e-4, err_msg=leaf)
+  steady, _ = collectives(step.as_text())
+  assert max(n for _, n in steady) <= allowed(name, mesh)
+
+
+# These choose a basis at every step, of all d rows of Q^T G, or by the sizes of d slices.
+@pytest.mark.parametrize(
+  ('name', 'most'), [('dct_adamw', 2 * D * K // 2), ('dion2', 2 * D)]
+)
+def test_a_choice_at_every_step_sends_what_it_scores(name, most):
+  step, _ = compiled(name, mesh_of('4 x 2'))
+  _, chosen = collectives(step.as_text())
+  assert 1 < max(n for _, n in chosen) <= most
