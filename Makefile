@@ -1,5 +1,6 @@
 # make demo    trains AdamW and GaLore side by side, and says where the report is
 # make test    all tests, doctests and notebooks
+# make bench   optimizer steps and whole training steps timed side by side
 # make lint    style;  make types  annotations
 # make clean   removes all that was made here, except runs/
 #
@@ -13,7 +14,7 @@ WORKERS = 2
 
 python := $(VENV)/bin/python
 
-.PHONY: demo test lint types clean
+.PHONY: demo test bench lint types clean
 # A step that failed is not taken for done.
 .DELETE_ON_ERROR:
 
@@ -22,6 +23,10 @@ demo: $(VENV)/experiments
 
 test: $(VENV)/dev
 	$(python) -m pytest -n $(WORKERS) --dist worksteal
+
+bench: $(VENV)/experiments
+	$(python) -m experiments.bench --out runs/bench
+	$(python) -m experiments.bench --tokens 4096 --rounds 3 --out runs/bench_training
 
 lint: $(VENV)/dev
 	$(python) -m ruff check .

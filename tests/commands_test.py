@@ -162,5 +162,18 @@ def test_bench_compares_in_turns():
   assert found['found']['optax.adamw']['steady_ratio'] == 1.0
   small = found['found']['lrjax.galore']['state_bytes']
   assert 0 < small < found['found']['optax.adamw']['state_bytes']
-  text = bench.table(found['found'])
-  assert all(name in text for name in found['found'])
+  text = bench.report(found)
+  assert all(name in text for name in found['found']) and 'GFLOP/s' in text
+
+
+def test_bench_times_whole_training_steps(tmp_path, capsys):
+  flags = ['--size', 'smoke', '--rounds', '1', '--tokens', '128', '--length', '32']
+  assert bench.main([*flags, '--out', str(tmp_path / 'bench')]) == 0
+  result = json.loads((tmp_path / 'bench' / 'bench.json').read_text())
+  full, projected = (
+    result['found'][f'lrjax.galore{more}'] for more in ('', ', projected backward')
+  )
+  assert projected['temporary_bytes'] < full['temporary_bytes']
+  assert projected['refresh_temporary_bytes'] == full['temporary_bytes']
+  assert (tmp_path / 'bench' / 'bench.md').read_text() in capsys.readouterr().out
+  assert bench.main(['--tokens', '100', '--length', '64']) == 2
