@@ -2,7 +2,6 @@
 
 import functools
 import math
-import re
 
 import flax.linen as nn
 import jax
@@ -19,6 +18,7 @@ from lrjax.models.llama import Llama, next_token_loss
 from lrjax.models.llama_config import LlamaConfig
 from lrjax.modules.linen import reads_probes
 from lrjax.modules.nnx import split
+from lrjax.testing.hlo import collectives
 from lrjax.types import Projected
 from lrjax.views import leaf_path
 
@@ -235,23 +235,13 @@ def test_projections_are_what_data_parallel_devices_send():
   def sent(f):
     step = jax.jit(f, in_shardings=(whole, whole, rows), out_shardings=whole)
     text = step.lower(params, state, jnp.ones((16, 64))).compile().as_text()
-    return all_reduced(text)
+    sent, _ = collectives(text)
+    return sum(n for kind, n in sent if kind == 'all-reduce')
 
   full = sent(lambda p, s, x: jax.value_and_grad(loss)(p, x))
   steady = sent(lrjax.projected_value_and_grad(loss, tx))
   assert full - 1 == 2 * 64 * 128
   assert steady - 1 == 2 * 8 * 128
-
-
-def all_reduced(text):
-  """Numbers that a compiled program sums over devices."""
-  total = 0
-  for line in text.splitlines():
-    if ' all-reduce(' in line:
-      shapes = line.split(' = ')[1].split(' all-reduce(')[0]
-      for dims in re.findall(r'f32\[([\d,]*)\]', shapes):
-        total += math.prod(int(n) for n in dims.split(',') if n)
-  return total
 
 
 class Foreign(nn.Module):
