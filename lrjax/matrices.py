@@ -119,7 +119,7 @@ def on_matrices(
     rules = {p.path: r for r, p, _ in work}
     for plan, _ in plans:
       record(plan, slots.get(plan.path), rules.get(plan.path))
-    wants = stacks.wants_gradient([(r, p, slots[p.path]) for r, p, _ in work], count)
+    wants = jnp.asarray(any(r.refresh is not None for r, *_ in work))
     return MatricesState(count, skipped, wants, slots, plain.init(_rest(plans)))
 
   def update(
