@@ -234,9 +234,10 @@ def phases(stacks: list[tuple[int, ...]]) -> list[jax.Array]:
 
 def largest(g: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
   """The largest magnitude over some axes or all; NaN where an entry is not finite."""
-  g = wide(g)
   # XLA's maximum on a CPU passes over NaN from about 64 x 64 entries on; a sum does not.
-  return jnp.max(jnp.abs(g), axis=axes) + 0 * jnp.sum(g, axis=axes)
+  # Kept apart, or a wide copy of a bf16 gradient would be written out for the two.
+  total = jnp.sum(wide(jax.lax.optimization_barrier(g)), axis=axes)
+  return jnp.max(jnp.abs(wide(g)), axis=axes) + 0 * total
 
 
 def all_of(flags: Iterable[jax.Array]) -> jax.Array:

@@ -150,7 +150,9 @@ def collectives(shape, spec, **kw):
   for part in re.split(r'\n(?=%|ENTRY )', text):
     # Whatever is not called from the entry by a fusion hangs below the conditional.
     out = steady if part.startswith('ENTRY') else refresh
-    for types, op in re.findall(r' = (\(.*?\)|\S+) (all-\w+|collective-\w+)\(', part):
+    for types, op in re.findall(
+      r' = (\(.*?\)|\S+) (all-[\w-]+|collective-\w+)\(', part
+    ):
       out.extend(
         (op, math.prod(int(n) for n in dims.split(',') if n))
         for dims in re.findall(r'\w+\[([\d,]*)\]', types)
@@ -167,7 +169,34 @@ def test_a_steady_step_sends_the_projection_once_and_nothing_else():
   assert [n for _, n in steady if n > 1] == []
 
 
-def test_a_split_stack_sends_flags_only_refreshes_included():
-  steady, refresh = collectives((4, 16, 24), P('fsdp', None, None))
+@pytest.mark.parametrize(
+  ('basis', 'stagger'),
+  [
+    ('subspace_iteration', False),
+    ('subspace_iteration', True),
+    ('randomized_svd', False),
+  ],
+)
+def test_refreshes_by_products_send_nothing_larger_than_they_keep(basis, stagger):
+  spec, rank = P(None, 'fsdp', 'tensor'), 3 if basis == 'subspace_iteration' else 3 + 8
+  _, refresh = collectives((4, 32, 48), spec, basis=basis, stagger=stagger)
+  assert {op for op, _ in refresh} <= {'all-reduce', 'all-gather'}
+  matrices = 1 if stagger else 4
+  # Products that end on rows or columns of half a gradient, and r x r matrices; fixing
+  # signs gathers the two candidates of each column.
+  assert max(n for op, n in refresh) == matrices * 48 // 2 * rank
+  gathered = [n for op, n in refresh if op == 'all-gather']
+  assert max(gathered) <= max(matrices * 2 * 3, 4)
+
+
+def test_one_matrix_of_a_split_stack_is_all_that_is_sent():
+  spec = P('fsdp', None, 'tensor')
+  _, refresh = collectives((4, 32, 48), spec, basis='subspace_iteration', stagger=True)
+  assert max(n for _, n in refresh) == 32 * 48 // 2
+
+
+@pytest.mark.parametrize('basis', ['eigh', 'subspace_iteration'])
+def test_a_split_stack_sends_flags_only_refreshes_included(basis):
+  steady, refresh = collectives((4, 16, 24), P('fsdp', None, None), basis=basis)
   assert {op for op, _ in steady + refresh} == {'all-reduce'}
   assert max(n for _, n in steady + refresh) == 1

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrjax.bases.qr import cholesky_qr, is_orthonormal, mm
+from lrjax.bases.qr import balanced, cholesky_qr, is_orthonormal, mm
 from lrjax.checks import positive_int
 from lrjax.types import Basis
 
@@ -97,7 +97,7 @@ def randomized_svd(
     l = min(r + oversample, *g.shape)
     y = mm(g, jax.random.normal(key, (g.shape[1], l), g.dtype))
     for _ in range(power_steps):
-      y = _power(g, orth(y), orth)
+      y = _power(g, balanced(y))
     return orth(_ordered(y, r))
 
   return orthonormal(rank, fit, signs=signs)
@@ -128,8 +128,8 @@ def subspace_iteration(
 
   def fit(key: Any, g: jax.Array, r: int, p: jax.Array) -> jax.Array:
     for _ in range(steps - 1):
-      p = orth(_power(g, p, orth))
-    return orth(_ordered(_power(g, p, orth), r))
+      p = balanced(_power(g, p))
+    return orth(_ordered(_power(g, p), r))
 
   return orthonormal(rank, fit, signs=signs, init=signed_cosines)
 
@@ -201,9 +201,9 @@ def signed_cosines(d: int, r: int, dtype: Any) -> jax.Array:
   return jnp.asarray(flips, dtype) * cosines(d, r, dtype)
 
 
-def _power(g: jax.Array, p: jax.Array, orth: Callable) -> jax.Array:
-  """G Q, for Q with the span of G^T P."""
-  return mm(g, orth(mm(g.T, p)))
+def _power(g: jax.Array, p: jax.Array) -> jax.Array:
+  """G Q, where Q has the span of G^T P."""
+  return mm(g, balanced(mm(g.T, p)))
 
 
 def _ordered(y: jax.Array, r: int) -> jax.Array:

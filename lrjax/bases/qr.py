@@ -55,6 +55,16 @@ def cholesky_qr(x: jax.Array) -> jax.Array:
   return rarely(~good, lambda x, q: _completed(x), lambda x, q: q, x, q)
 
 
+def balanced(x: jax.Array) -> jax.Array:
+  """The columns (n, r) made nearly orthonormal by one round, for any `x`.
+
+  What a power step needs between its products: directions that have come to differ in
+  size by a factor up to 1e2 are even again, smaller ones remain small.
+  """
+  # Shifted by what rounding may take from the least eigenvalue, so that it never fails.
+  return _whiten(x, x.shape[1] * jnp.finfo(x.dtype).eps)[0]
+
+
 def is_orthonormal(p: jax.Array, defect: float) -> jax.Array:
   """bool[], whether no entry of P^T P - I exceeds `defect`."""
   eye = jnp.eye(p.shape[1], dtype=p.dtype)
@@ -66,23 +76,21 @@ def _whiten(y: jax.Array, shift: float = 0.0) -> tuple[jax.Array, jax.Array]:
   """One round, and the Gram matrix it began with."""
   gram = mm(y.T, y)
   eye = jnp.eye(len(gram), dtype=y.dtype)
-  L = jnp.linalg.cholesky(gram + shift * eye * jnp.diagonal(gram)[None])
+  size = jnp.diagonal(gram)
+  L = jnp.linalg.cholesky(gram + shift * eye * jnp.where(size > 0, size, 1)[None])
   # The inverse (r, r) is formed: a triangular solve would gather the rows of y.
   return mm(y, solve_triangular(L, eye, lower=True).T), gram
 
 
 def _completed(x: jax.Array) -> jax.Array:
   """Orthonormal columns for any `x`, whatever its rank."""
-  n, r = x.shape
   eps = jnp.finfo(x.dtype).eps
   unit = lambda y, size: y / jnp.where(size > 0, size, 1)[None]
   # Twice, since squares of entries near the ends of float32 would vanish or overflow.
   y = unit(x, jnp.abs(x).max(axis=0))
   y = unit(y, jnp.linalg.norm(y, axis=0))
   noise = jax.random.normal(jax.random.key(0), y.shape, y.dtype)
-  y = y + 4 * eps * n**-0.5 * noise
-  # The shift is what rounding may take from the least eigenvalue; each round raises what
-  # is below its root r^0.5 eps^0.5 by as much.
+  y = y + 4 * eps * len(x) ** -0.5 * noise
   for _ in range(4):
-    y, _ = _whiten(y, r * eps)
+    y = balanced(y)
   return _whiten(_whiten(y)[0])[0]
