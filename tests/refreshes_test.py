@@ -140,22 +140,22 @@ def test_staggered_bases_change_one_after_the_other():
 def test_refreshes_in_turn_find_what_those_together_find():
   shapes = {'a': (2, 3, 6, 8), 'b': (3, 8, 6), 'c': (6, 3, 8)}
   grads = jax.tree.map(lambda g: g.astype(jnp.bfloat16), gradients(shapes, 1)[0])
-  bases = []
+  found = []
   for stagger in (False, True):
     tx = lrjax.scale_by_galore(
       rank=2,
-      basis='randomized_svd',
+      basis=lambda rank: lrjax.randomized_svd(rank, power_steps=0),
       weight_dimension_numbers=[('c', lrjax.View(0, 2)), ('', lrjax.View())],
       stagger=stagger,
     )
     _, state = jax.jit(tx.update)(grads, tx.init(grads))
-    bases.append({n: basis_of(state, n) for n in shapes})
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *bases)
-  assert bases[0]['c'].shape == (3, 6, 2)
+    found.append({n: basis_of(state, n) for n in shapes})
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *found)
+  assert found[0]['c'].shape == (3, 6, 2)
 
 
 def test_refreshes_in_turn_copy_no_stack():
-  g = {'w': jax.ShapeDtypeStruct((32, 96, 64), jnp.bfloat16)}
+  g = {'w': jax.ShapeDtypeStruct((32, 96, 64), jnp.float32)}
   rule = lrjax.low_rank(
     lrjax.subspace_iteration(4), optax.identity(), refresh=lrjax.every(9, stagger=True)
   )
@@ -164,7 +164,7 @@ def test_refreshes_in_turn_copy_no_stack():
   # The update alone is not asked for: its own copies are no matter of the refresh.
   run = jax.jit(lambda g, state: tx.update(g, state)[1], donate_argnums=1)
   temp = run.lower(g, state).compile().memory_analysis().temp_size_in_bytes
-  assert temp < 32 * 96 * 64 * 2 / 2
+  assert temp < 32 * 96 * 64 * 4 / 10
 
 
 @functools.cache
