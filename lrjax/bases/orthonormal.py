@@ -9,6 +9,7 @@ import numpy as np
 
 from lrjax.bases.qr import balanced, cholesky_qr, is_orthonormal, mm
 from lrjax.checks import positive_int
+from lrjax.sharding import whole_matrices
 from lrjax.types import Basis
 
 # Largest |P'P - I| of a factorisation that is believed; healthy ones stay below 1e-5.
@@ -37,7 +38,8 @@ def svd(rank: int, *, signs: bool = True) -> Basis:
   """
 
   def fit(key: Any, g: jax.Array, r: int, p: jax.Array) -> jax.Array:
-    return jnp.linalg.svd(g, full_matrices=False)[0][:, :r]
+    left = lambda g: jnp.linalg.svd(g, full_matrices=False)[0][:, :r]
+    return whole_matrices(left)(g)
 
   return orthonormal(rank, fit, signs=signs)
 
@@ -59,9 +61,9 @@ def eigh(rank: int, *, signs: bool = True) -> Basis:
   def fit(key: Any, g: jax.Array, r: int, p: jax.Array) -> jax.Array:
     d, k = g.shape
     if d <= k:
-      return _leading(mm(g, g.T), r)
+      return whole_matrices(lambda g: _leading(mm(g, g.T), r))(g)
     # Squaring loses small singular values, so G V is orthonormalised, not divided.
-    return cholesky_qr(mm(g, _leading(mm(g.T, g), r)))
+    return whole_matrices(lambda g: cholesky_qr(_ordered(g, r)))(g)
 
   return orthonormal(rank, fit, signs=signs)
 

@@ -62,7 +62,7 @@ def balanced(x: jax.Array) -> jax.Array:
   size by a factor up to 1e2 are even again, smaller ones remain small.
   """
   # Shifted by what rounding may take from the least eigenvalue, so that it never fails.
-  return _whiten(x, x.shape[1] * jnp.finfo(x.dtype).eps)[0]
+  return _whiten(x, x.shape[1] * float(jnp.finfo(x.dtype).eps))[0]
 
 
 def is_orthonormal(p: jax.Array, defect: float) -> jax.Array:
