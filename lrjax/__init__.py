@@ -24,6 +24,9 @@ from lrjax.bases import (
   two_sided,
 )
 
+# Orthogonal factors.
+from lrjax.bases.qr import cholesky_qr, householder_qr
+
 # Codecs: how arrays are stored.
 from lrjax.codecs import affine, cast, dynamic8, int8
 
@@ -77,9 +80,7 @@ from lrjax.optimizers.trion import scale_by_trion, trion
 
 # Widths of a model's kernels.
 from lrjax.ordered_dropout import full_width, sample_widths
-
-# Orthogonal factors.
-from lrjax.orthogonalize import cholesky_qr, newton_schulz, polar
+from lrjax.orthogonalize import newton_schulz, polar
 
 # Parameterizations: how a kernel is stored and applied.
 from lrjax.parameterizations.cola import cola
@@ -215,6 +216,7 @@ __all__ = [
   'hierarchical_group_lasso',
   'householder',
   'householder_orthogonal',
+  'householder_qr',
   'hyperbolic',
   'in_place',
   'int8',

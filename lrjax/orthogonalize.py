@@ -9,10 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import solve_triangular
 
-from lrjax.bases.orthonormal import DEFECT, mm
-from lrjax.branches import rarely
 from lrjax.checks import floating
 
 Coefficients = Sequence[tuple[float, float, float]]
@@ -97,29 +94,6 @@ def polar(x: jax.Array) -> jax.Array:
   """
   u, s, vt = jnp.linalg.svd(x, full_matrices=False)
   return (u * (s > 1e-6 * s[0])[None, :]) @ vt
-
-
-def householder_qr(x: jax.Array) -> jax.Array:
-  """Orthonormal columns (n, r) whose span holds that of `x` (n, r), for any `x`."""
-  return jnp.linalg.qr(x)[0]
-
-
-def cholesky_qr(x: jax.Array) -> jax.Array:
-  """The same by two rounds of Cholesky factorisations of the Gram matrix (r, r).
-
-  Products of matrices mostly, hence faster on accelerators. Where the columns are too
-  dependent for it, in float32 from a condition of about 1e3 on, `householder_qr` is run.
-  """
-
-  def whiten(y: jax.Array) -> jax.Array:
-    L = jnp.linalg.cholesky(mm(y.T, y))
-    return solve_triangular(L, y.T, lower=True).T
-
-  y = whiten(whiten(x))
-  defect = jnp.abs(mm(y.T, y) - jnp.eye(y.shape[1])).max()
-  # Not `defect > DEFECT`: of columns that depend on each other NaN is what comes out.
-  failed = ~(defect < DEFECT)
-  return rarely(failed, lambda x, y: householder_qr(x), lambda x, y: y, x, y)
 
 
 def unscaled(fan_in: int, fan_out: int) -> float:

@@ -17,7 +17,9 @@ def every(period: int, *, stagger: bool = False) -> Refresh:
     period: steps between refreshes, at least 1.
     stagger: spread the matrices of a tree evenly over the period, so that no single
       step after the first pays for all of them; those that are due are refreshed one
-      after the other.
+      after the other. Only those are read and written, one at a time. Where the stack
+      itself is split over a mesh, the gradient of the one that is due is summed over
+      the devices, and all of them fit it; a stack whose matrices are split is not moved.
 
   Returns:
     A `Refresh` without state.

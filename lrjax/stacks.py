@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -213,11 +213,17 @@ def _due(s: Stack, step: jax.Array, phase: jax.Array) -> jax.Array:
 
 def _refresh_leaf(s: Stack, run: jax.Array, step: jax.Array, seed: int) -> tuple:
   """(state, done (*stack)) after refreshing those matrices of one leaf that are due."""
-  refresh = s.rule.refresh
-  assert refresh is not None
   keys = jax.random.split(
     jax.random.fold_in(stream(seed, s.plan.path), step), s.plan.stack
   )
+  each = _refresh_together if s.rule.batched or not s.plan.stack else _refresh_in_turn
+  return each(s, run, keys)
+
+
+def _refresh_together(s: Stack, run: jax.Array, keys: jax.Array) -> tuple:
+  """All matrices in one batch, results kept where `run`."""
+  refresh = s.rule.refresh
+  assert refresh is not None
 
   def one(run: jax.Array, key: jax.Array, g: jax.Array, state: Any) -> tuple:
     new, good = refresh(key, g, state)
@@ -231,13 +237,51 @@ def _refresh_leaf(s: Stack, run: jax.Array, step: jax.Array, seed: int) -> tuple
 
   # LAPACK may never return from a matrix with an infinite entry.
   args = (run, keys, jnp.where(over(s.ok, 2), s.g, 0), s.slot.state)
-  if s.rule.batched or not s.plan.stack:
-    return jax.lax.cond(jnp.any(run), s.over_stack(one), s.over_stack(idle), *args)
-  flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(s.plan.stack) :]), args)
-  each = lambda args: jax.lax.cond(args[0], one, idle, *args)
-  some = lambda *args: jax.lax.map(each, args)
-  out = jax.lax.cond(jnp.any(run), some, jax.vmap(idle), *flat)
-  return jax.tree.map(lambda x: x.reshape(*s.plan.stack, *x.shape[1:]), out)
+  return jax.lax.cond(jnp.any(run), s.over_stack(one), s.over_stack(idle), *args)
+
+
+def _refresh_in_turn(s: Stack, run: jax.Array, keys: jax.Array) -> tuple:
+  """Only those matrices that are due, one after the other, in place."""
+  refresh, plan = s.rule.refresh, s.plan
+  assert refresh is not None and plan.axes is not None
+  due = jnp.nonzero(run, size=run.size)
+  sizes = tuple(1 if a in plan.axes[0] else n for a, n in enumerate(plan.shape))
+  single = plan._replace(shape=sizes)
+  front = range(run.ndim)
+
+  def body(t: jax.Array, carry: tuple) -> tuple:
+    at = [i[t] for i in due]
+    # Cut out before it is made wide or transposed, which would copy the whole stack.
+    g = pick_one(s.leaf, plan.axes[0], at).reshape(sizes)
+    old = jax.tree.map(lambda x: pick_one(x, front, at), carry[0])
+    new, good = refresh(
+      pick_one(keys, front, at), wide(to_matrix(g, single)).reshape(plan.matrix), old
+    )
+
+    def put(x: jax.Array, n: jax.Array, o: jax.Array) -> jax.Array:
+      # Untouched parts stay the same object, so that the loop does not carry them.
+      return x if n is o else put_one(x, jnp.where(good, n, o), at)
+
+    return jax.tree.map(put, carry[0], new, old), put_one(carry[1], good, at)
+
+  return jax.lax.fori_loop(0, run.sum(), body, (s.slot.state, jnp.zeros_like(run)))
+
+
+def pick_one(x: jax.Array, axes: Iterable[int], at: Sequence[jax.Array]) -> jax.Array:
+  """The part of `x` at the indices `at` of `axes`, without these axes."""
+  index: list = [slice(None)] * x.ndim
+  for axis, i in zip(axes, at):
+    # An array of one: a gather sends this part alone where `x` is split over the axis,
+    # a dynamic slice the whole of `x`.
+    index[axis] = i[None]
+  shape = tuple(n for n, i in zip(x.shape, index) if isinstance(i, slice))
+  return x.at[tuple(index)].get(mode='promise_in_bounds').reshape(shape)
+
+
+def put_one(x: jax.Array, part: jax.Array, at: Sequence[jax.Array]) -> jax.Array:
+  """`x` with `part` at the indices `at` of its first axes."""
+  part = part.reshape(*(1,) * len(at), *x.shape[len(at) :])
+  return jax.lax.dynamic_update_slice(x, part, (*at, *(0,) * (x.ndim - len(at))))
 
 
 def stream(seed: int, path: str) -> jax.Array:
@@ -268,8 +312,11 @@ def phases(stacks: list[tuple[int, ...]]) -> list[jax.Array]:
 
 
 def largest(g: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
-  """The largest magnitude over some axes or all; NaN if there is one."""
-  return jnp.max(jnp.abs(wide(g)), axis=axes)
+  """The largest magnitude over some axes or all; NaN where an entry is not finite."""
+  # XLA's maximum on a CPU passes over NaN from about 64 x 64 entries on; a sum does not.
+  # Kept apart, or a wide copy of a bf16 gradient would be written out for the two.
+  total = jnp.sum(wide(jax.lax.optimization_barrier(g)), axis=axes)
+  return jnp.max(jnp.abs(wide(g)), axis=axes) + 0 * total
 
 
 def all_of(flags: Iterable[jax.Array]) -> jax.Array:

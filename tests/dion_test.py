@@ -8,8 +8,8 @@ from oracles import dion as oracle
 from samples import gradients, matrix
 
 import lrjax
+from lrjax.bases.qr import householder_qr
 from lrjax.optimizers.dion import orthonormal_power_step
-from lrjax.orthogonalize import householder_qr
 from lrjax.testing import trajectory
 
 SHAPES = {'wide': (8, 12), 'tall': (12, 8)}

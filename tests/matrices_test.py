@@ -12,7 +12,7 @@ from samples import matrix
 
 import lrjax
 from lrjax.matrices import Slot, nodes
-from lrjax.stacks import stream
+from lrjax.stacks import LARGEST, largest, stream
 from lrjax.types import MatrixTransform
 
 
@@ -218,3 +218,12 @@ def test_no_two_paths_share_random_numbers():
   a, b = stream(0, 'plumless'), stream(0, 'buckeroo')
   assert zlib.crc32(b'plumless') == zlib.crc32(b'buckeroo')
   assert not jnp.array_equal(jax.random.key_data(a), jax.random.key_data(b))
+
+
+@pytest.mark.parametrize('bad', [jnp.nan, jnp.inf, -jnp.inf, 2e15])
+def test_one_bad_entry_of_a_large_matrix_is_seen(bad):
+  # XLA's maximum on a CPU passes over NaN in arrays of this size.
+  g = jnp.ones((2, 128, 96)).at[1, 70, 50].set(bad)
+  most = jax.jit(largest, static_argnums=1)(g, (1, 2))
+  np.testing.assert_array_equal(most < LARGEST, [True, False])
+  assert not jax.jit(largest)(g) < LARGEST

@@ -2,7 +2,6 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -73,18 +72,6 @@ def test_polar_is_the_nearest_orthogonal_matrix():
   # <x, polar(x)> is the sum of singular values, more than any other orthogonal one's.
   s = np.linalg.svd(x, compute_uv=False)
   np.testing.assert_allclose(jnp.sum(x * got), s.sum(), rtol=1e-5)
-
-
-def test_cholesky_qr_serves_every_matrix_of_a_stack():
-  good, bad = matrix((9, 3)), jnp.ones((9, 3))
-  stiff = matrix((9, 3), decay=1e-3)
-  out = jax.jit(jax.vmap(ortho.cholesky_qr))(jnp.stack([good, bad, stiff]))
-  eye = np.broadcast_to(np.eye(3, dtype=np.float32), (3, 3, 3))
-  np.testing.assert_allclose(jnp.swapaxes(out, 1, 2) @ out, eye, atol=1e-5)
-  for q, x in zip(out, (good, bad, stiff)):
-    np.testing.assert_allclose(q @ (q.T @ x), x, atol=1e-5)
-  signs = jnp.sign(jnp.sum(out[0] * ortho.householder_qr(good), axis=0, keepdims=True))
-  np.testing.assert_allclose(out[0] * signs, ortho.householder_qr(good), atol=1e-5)
 
 
 def test_factors_of_the_fans():

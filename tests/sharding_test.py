@@ -1,7 +1,10 @@
 """Where state lives on a mesh, and what a step sends over it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
@@ -75,6 +78,7 @@ VIEWS = [
 ]
 PARAMS = {n: shape(*s) for n, (s, *_) in ROLES.items()} | {'bias': shape(8)}
 SPECS = {n: spec for n, (_, spec, *_) in ROLES.items()} | {'bias': P('tensor')}
+galore = functools.partial(lrjax.scale_by_galore, rank=3)
 GALORE = lrjax.scale_by_galore(rank=3, weight_dimension_numbers=VIEWS)
 
 
@@ -154,11 +158,11 @@ def test_specs_that_do_not_fit_are_refused(specs, message):
 
 def sent(tx, shape, spec):
   """(operation, elements) for what every step sends, and for what refreshes send."""
-  params, where = {'w': matrix(shape)}, {'w': spec}
+  params, where = {'w': jax.ShapeDtypeStruct(shape, jnp.float32)}, {'w': spec}
   named = lambda tree: jax.tree.map(lambda s: NamedSharding(MESH, s), tree)
   placed = named(where), named(lrjax.state_specs(tx, params, where, MESH))
   update = jax.jit(tx.update, in_shardings=placed, out_shardings=placed)
-  text = update.lower(params, tx.init(params)).compile().as_text()
+  text = update.lower(params, jax.eval_shape(tx.init, params)).compile().as_text()
   assert ' conditional(' in text
   return collectives(text)
 
@@ -172,6 +176,33 @@ def test_a_steady_step_sends_the_projection_once_and_nothing_else():
   assert [n for _, n in steady if n > 1] == [3 * 24 // 2, 3 * 24 // 2]
   steady, _ = sent(tx, (16, 24), P(None, 'tensor'))
   assert [n for _, n in steady if n > 1] == []
+
+
+@pytest.mark.parametrize(
+  ('basis', 'stagger'),
+  [
+    ('subspace_iteration', False),
+    ('subspace_iteration', True),
+    ('randomized_svd', False),
+  ],
+)
+def test_refreshes_by_products_send_nothing_larger_than_they_keep(basis, stagger):
+  spec, rank = P(None, 'fsdp', 'tensor'), 3 if basis == 'subspace_iteration' else 3 + 8
+  _, refresh = sent(galore(basis=basis, stagger=stagger), (4, 32, 48), spec)
+  assert {op for op, _ in refresh} <= {'all-reduce', 'all-gather'}
+  matrices = 1 if stagger else 4
+  # Products that end on rows or columns of half a gradient, and r x r matrices; fixing
+  # signs gathers the two candidates of each column.
+  assert max(n for op, n in refresh) == matrices * 48 // 2 * rank
+  gathered = [n for op, n in refresh if op == 'all-gather']
+  assert max(gathered) <= max(matrices * 2 * 3, 4)
+
+
+def test_one_matrix_of_a_split_stack_is_all_that_is_sent():
+  spec = P('fsdp', None, 'tensor')
+  tx = galore(basis='subspace_iteration', stagger=True)
+  _, refresh = sent(tx, (4, 32, 48), spec)
+  assert max(n for _, n in refresh) == 32 * 48 // 2
 
 
 SPLIT_STACK = {
@@ -188,3 +219,27 @@ def test_a_split_stack_sends_flags_only_refreshes_included(name):
   # Whether all gradients are good, and whether any basis is due.
   assert {op for op, _ in steady + refresh} == {'all-reduce'}
   assert max(n for _, n in steady + refresh) == 1
+
+
+def test_exact_refreshes_deal_whole_layers_out():
+  with jax.set_mesh(MESH):
+    _, refresh = sent(galore(basis='eigh'), (4, 16, 24), P(None, 'fsdp', 'tensor'))
+  of = lambda op: [n for o, n in refresh if o == op]
+  # Half the gradients each time they go from one split to another; of what comes back
+  # each device reads its part.
+  assert len(of('all-to-all')) >= 2
+  assert max(of('all-gather')) <= 4 * 16 * 3
+  assert max(of('all-reduce')) <= 4 * 3 * 24 // 2
+
+
+def test_layers_dealt_out_are_refreshed_as_elsewhere():
+  mesh = jax.make_mesh((2, 2), ('fsdp', 'tensor'))
+  g = {'w': matrix((4, 8, 12)), 'v': matrix((3, 12, 8))}
+  tx = lrjax.scale_by_galore(rank=3)
+  _, want = jax.jit(tx.update)(g, tx.init(g))
+  with jax.set_mesh(mesh):
+    split = jax.device_put(g, NamedSharding(mesh, P(None, 'fsdp', 'tensor')))
+    _, got = jax.jit(tx.update)(split, tx.init(split))
+  for name in g:
+    basis = lambda state, name=name: jax.device_get(state.slots[name].state.basis)
+    np.testing.assert_allclose(basis(got), basis(want), atol=1e-5)

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from lrjax.bases.orthonormal import signed_cosines
+from lrjax.bases.qr import cholesky_qr, householder_qr
 from lrjax.checks import finite, named
 from lrjax.matrices import on_matrices
 from lrjax.optimizers.assembly import Lift, lifted, ready
-from lrjax.orthogonalize import FAN_SCALES, cholesky_qr, householder_qr
+from lrjax.orthogonalize import FAN_SCALES
 from lrjax.types import MatrixTransform
 
 EPS = 1e-8

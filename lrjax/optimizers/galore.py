@@ -58,7 +58,9 @@ def scale_by_galore(
     weight_dimension_numbers: the matrix axes of each leaf, see `lrjax.on_matrices`.
     basis: how P is found: 'eigh' (of the Gram matrix), 'svd' (the paper's: the same
       subspace, slower, also where singular values are tiny), 'randomized_svd' (GaLore 2,
-      arXiv 2504.20437), 'subspace_iteration' (cheapest), or `rank -> Basis`.
+      arXiv 2504.20437), 'subspace_iteration' (cheapest), or `rank -> Basis`. The last
+      two gather no gradient that is split over a mesh, and are right for sides above
+      2048.
     basis_dtype: what P is stored in; default float32.
     moments_on_refresh: 'keep' (paper), 'reset', 'rotate' (mu by C, nu by C*C),
       'rotate_abs', 'rotate_first' (mu alone), or a function, see `lrjax.transports`.

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from lrjax.bases.orthonormal import HIGHEST
+from lrjax.bases.qr import HIGHEST
 from lrjax.checks import named, positive_int
 from lrjax.parameterizations import factors, sparse_coding
 from lrjax.parameterizations.factors import value

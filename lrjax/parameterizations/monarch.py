@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lrjax.bases.orthonormal import HIGHEST
+from lrjax.bases.qr import HIGHEST
 from lrjax.checks import named, positive_int
 from lrjax.orthogonalize import polar
 from lrjax.parameterizations import factors
