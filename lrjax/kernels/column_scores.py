@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lrjax.bases.heaviest import NORMS
-from lrjax.bases.orthonormal import HIGHEST, mm
+from lrjax.bases.qr import HIGHEST, mm
 from lrjax.checks import named
 from lrjax.kernels import blocks
 from lrjax.kernels.blocks import Side
