@@ -9,7 +9,6 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from samples import matrix
 
 import lrjax
 from lrjax.matrices import MatricesState, nodes
