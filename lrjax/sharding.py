@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.custom_batching import custom_vmap
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lrjax.types import MatrixTransform
@@ -145,39 +144,6 @@ def outside_explicit(f: Callable, fixed: tuple) -> Callable:
     return f
   place = lambda x: _spec(x) or PartitionSpec()
   return jax.sharding.auto_axes(f, out_sharding=jax.tree.map(place, fixed))
-
-
-def whole_matrices(f: Callable) -> Callable:
-  """`f` of one matrix (d, k); under vmap devices of a mesh get whole ones, a share each.
-
-  A factorisation needs its matrix whole, and left to itself the compiler gathers all of
-  a stack on every device. Here it is dealt out over those mesh axes whose sizes divide
-  it, by all-to-alls. The mesh is that of `jax.set_mesh` or of explicit axes; placements
-  that arguments of a jit have without one are not known to a trace.
-  """
-  run = custom_vmap(f)
-
-  @run.def_vmap
-  def batched(size: int, in_batched: Any, g: jax.Array) -> tuple[jax.Array, bool]:
-    return jax.vmap(f)(_dealt(g)), True
-
-  return run
-
-
-def _dealt(g: jax.Array) -> jax.Array:
-  """A stack (n, d, k) split over n alone."""
-  mesh = jax.sharding.get_abstract_mesh()
-  free, names = PartitionSpec.UNCONSTRAINED, ()
-  for name, kind in zip(mesh.axis_names, mesh.axis_types):
-    parts = math.prod(mesh.shape[n] for n in (*names, name))
-    if kind == AxisType.Auto and len(g) % parts == 0:
-      names += (name,)
-      # One axis after the other: two at a time are compiled to a full gather.
-      spec = PartitionSpec(names, free, free)
-      g = jax.lax.with_sharding_constraint(g, spec)
-  if not names:
-    return g
-  return jax.lax.with_sharding_constraint(g, PartitionSpec(names, None, None))
 
 
 def _merged(spec: tuple, axes: tuple[int, ...]) -> Any:

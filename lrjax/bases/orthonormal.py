@@ -9,7 +9,6 @@ import numpy as np
 
 from lrjax.bases.qr import balanced, cholesky_qr, is_orthonormal, mm
 from lrjax.checks import positive_int
-from lrjax.sharding import whole_matrices
 from lrjax.types import Basis
 
 # Largest |P'P - I| of a factorisation that is believed; healthy ones stay below 1e-5.
@@ -38,8 +37,7 @@ def svd(rank: int, *, signs: bool = True) -> Basis:
   """
 
   def fit(key: Any, g: jax.Array, r: int, p: jax.Array) -> jax.Array:
-    left = lambda g: jnp.linalg.svd(g, full_matrices=False)[0][:, :r]
-    return whole_matrices(left)(g)
+    return jnp.linalg.svd(g, full_matrices=False)[0][:, :r]
 
   return orthonormal(rank, fit, signs=signs)
 
@@ -65,9 +63,9 @@ def eigh(rank: int, *, signs: bool = True) -> Basis:
   def fit(key: Any, g: jax.Array, r: int, p: jax.Array) -> jax.Array:
     d, k = g.shape
     if d <= k:
-      return whole_matrices(lambda g: _leading(mm(g, g.T), r))(g)
+      return _leading(mm(g, g.T), r)
     # Squaring loses small singular values, so G V is orthonormalised, not divided.
-    return whole_matrices(lambda g: cholesky_qr(_ordered(g, r)))(g)
+    return cholesky_qr(_ordered(g, r))
 
   return orthonormal(rank, fit, signs=signs)
 
