@@ -13,7 +13,7 @@ from lrjax.checks import closest, positive_int
 from lrjax.moments import Holding
 from lrjax.observing import observed
 from lrjax.recording import record
-from lrjax.stacks import LARGEST, Slot, all_of, select
+from lrjax.stacks import Slot, all_of, select
 from lrjax.types import MatrixTransform
 from lrjax.views import LeafPlan, Where, leaf_path, planner
 
@@ -56,8 +56,8 @@ def on_matrices(
 
   Each leaf is seen as a stack of matrices (d, k), compressed side first, and the rule
   runs on each of them with its own state. A step on which a gradient is not finite, or
-  exceeds 1e15, changes nothing but `skipped`. A refresh that is due while a gradient is
-  zero, or that fails, is made up for at the next good step.
+  has a norm above 1e15, changes nothing but `skipped`. A refresh that is due while a
+  gradient is zero, or that fails, is made up for at the next good step.
 
   Args:
     rule: `rank -> MatrixTransform`.
@@ -147,7 +147,7 @@ def on_matrices(
         if not p.reason
       }
       g = _rest(here)
-      rest_ok = all_of(stacks.largest(x) < LARGEST for x in g.values())
+      rest_ok = all_of(stacks.bounded(x) for x in g.values())
       taken = all_of([rest_ok, *(s.ok for s in work.values())])
       counted = jnp.asarray(True)
       if guard == 'tree':

@@ -14,7 +14,7 @@ from lrjax.draws import check_active, checked, drawer, log_scores, resolve
 from lrjax.layers import Group, Layers, find_layers, stack, unstack
 from lrjax.matrices import MatricesState
 from lrjax.recording import Row, rows_seen, tree_bytes
-from lrjax.stacks import LARGEST, all_of, select
+from lrjax.stacks import all_of, select
 from lrjax.views import Where, leaf_path
 
 
@@ -67,7 +67,7 @@ def sampled_layers(
   State: that of `inner` for n layers, that of `rest`, and n + 2 integers (and L numbers
   where probabilities come from parameters). What is drawn follows from (seed, t // K)
   alone, so a resumed run goes on with the same layers. A step on which a gradient is not
-  finite, or exceeds 1e15, changes nothing but `skipped`.
+  finite, or has a norm above 1e15, changes nothing but `skipped`.
 
   Args:
     inner: of the active layers; its learning-rate schedules restart with them, so put
@@ -170,7 +170,7 @@ def sampled_layers(
       u, rest = always(layers.outside(leaves), state.rest, see(layers.outside), **extra)
       out |= {i: u[path] for path, i in layers.rest.items()}
 
-      ok = all_of(stacks.largest(x) < LARGEST for x in leaves)
+      ok = all_of(stacks.bounded(x) for x in leaves)
       out = [jnp.where(ok, out[i], 0).astype(x.dtype) for i, x in enumerate(leaves)]
       moved = state._replace(
         count=optax.safe_increment(state.count),

@@ -104,10 +104,12 @@ def place_slot(slot: Any, rule: MatrixTransform, plan: LeafPlan, x: Any) -> Any:
   probe = jax.eval_shape(lambda: rule.init(jax.ShapeDtypeStruct((_D, _K), x.dtype)))
 
   def place(x: jax.Array, one: Any) -> jax.Array:
-    # A moment too small to be stored in 8 bits is large enough in the probe.
+    # A moment too small to be stored in 8 bits is large enough in the probe. Blocks of
+    # codes run across the parts that more devices would have.
     one = getattr(one, 'codes', one)
+    coded = not jnp.issubdtype(one.dtype, jnp.floating)
     roles = [by_size.get(n) for n in one.shape]
-    if len(one.shape) == 2 and one.shape[0] not in by_size and one.shape[1] == _K:
+    if not coded and one.shape[1:] == (_K,) and one.shape[0] not in by_size:
       roles = [None, low]
     return jax.sharding.reshard(x, PartitionSpec(*(full[a] for a in stack), *roles))
 
