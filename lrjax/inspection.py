@@ -66,7 +66,7 @@ def coverage(tx: optax.GradientTransformation, params: Any) -> Coverage:
   leaf        shape       side  rank  matrices  state bytes  note
   norm/scale  (512,)                                         not chosen
   q/kernel    (512, 512)  in    128   1         786440
-  parameters 1,050,624 bytes, optimizer state 790,548 bytes, 37.6 % of Adam (2,101,248)
+  parameters 1,050,624 bytes, optimizer state 790,549 bytes, 37.6 % of Adam (2,101,248)
   """
   seen, state = noted(tx, params)
   rows = []

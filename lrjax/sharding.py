@@ -1,6 +1,5 @@
 """Where optimizer state lives on a mesh, derived from where the parameters live."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,9 +21,8 @@ def state_specs(
   """Partition specs of `tx.init(params)`, for any optax transformation.
 
   In a low-rank state each axis follows the side of the matrix it runs along: a basis
-  (d, r) is split like the compressed side; moments (r, k) are split along k between all
-  devices that divide the matrix, where they divide k; stack axes stay as they are and
-  rank axes are never split.
+  (d, r) is split like the compressed side, moments (r, k) like the other one; stack
+  axes stay as they are and rank axes are never split.
 
   Args:
     tx: the transformation.
@@ -72,7 +70,7 @@ def check_spec(
     raise ValueError(f'leaf {path!r} of shape {shape}: {spec} names too many axes')
   for size, names in zip(shape, spec):
     parts = 1
-    for name in _names(names):
+    for name in (names,) if isinstance(names, str) else names or ():
       if name not in mesh.shape:
         raise ValueError(
           f'leaf {path!r}: no mesh axis {name!r}; the mesh has {dict(mesh.shape)}'
@@ -87,30 +85,21 @@ def check_spec(
 
 def place_slot(slot: Any, rule: MatrixTransform, plan: LeafPlan, x: Any) -> Any:
   """Places the stacked state of a leaf by role, where the leaf has explicit axes."""
-  sharding = _explicit(x)
-  if sharding is None:
+  spec = _spec(x)
+  if spec is None:
     return slot
-  spec, mesh_sizes = sharding.spec, sharding.mesh.shape
   assert plan.axes is not None
   stack, ins, outs = plan.axes
   full = (*spec, *(None,) * (len(plan.shape) - len(spec)))
   first, second = (ins, outs) if plan.side == 'in' else (outs, ins)
-  d, k = _merged(full, first), _merged(full, second)
-  by_size = {_D: d, _K: k}
-  # Moments (r, k) would lie whole, or many times, on the devices that divide d.
-  both = (*_names(k), *_names(d))
-  divides = plan.matrix[1] % math.prod(mesh_sizes[n] for n in both) == 0
-  low = both if divides else k
+  side = lambda axes: _merged(full, axes)
+  by_size = {_D: side(first), _K: side(second)}
   probe = jax.eval_shape(lambda: rule.init(jax.ShapeDtypeStruct((_D, _K), x.dtype)))
 
   def place(x: jax.Array, one: Any) -> jax.Array:
-    # A moment too small to be stored in 8 bits is large enough in the probe. Blocks of
-    # codes run across the parts that more devices would have.
+    # A moment too small to be stored in 8 bits is large enough in the probe.
     one = getattr(one, 'codes', one)
-    coded = not jnp.issubdtype(one.dtype, jnp.floating)
     roles = [by_size.get(n) for n in one.shape]
-    if not coded and one.shape[1:] == (_K,) and one.shape[0] not in by_size:
-      roles = [None, low]
     return jax.sharding.reshard(x, PartitionSpec(*(full[a] for a in stack), *roles))
 
   whole = jax.ShapeDtypeStruct((), jnp.int32)
@@ -153,23 +142,12 @@ def _merged(spec: tuple, axes: tuple[int, ...]) -> Any:
   return spec[axes[0]] if not any(spec[a] for a in axes[1:]) else None
 
 
-def _names(axes: Any) -> tuple[str, ...]:
-  """The mesh axes of one dimension's entry in a spec."""
-  return (axes,) if isinstance(axes, str) else tuple(axes or ())
-
-
 def _spec(x: Any) -> PartitionSpec | None:
   """The spec of an array typed with explicit axes, else None."""
-  sharding = _explicit(x)
-  return None if sharding is None else sharding.spec
-
-
-def _explicit(x: Any) -> NamedSharding | None:
-  """The sharding of an array typed with explicit axes, else None."""
   sharding = getattr(x, 'sharding', None)
   if isinstance(x, jax.core.Tracer):
     sharding = getattr(jax.typeof(x), 'sharding', None)
   if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
     return None
   explicit = AxisType.Explicit in sharding.mesh.axis_types
-  return sharding if explicit else None
+  return sharding.spec if explicit else None

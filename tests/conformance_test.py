@@ -71,10 +71,9 @@ SENT = {
   'apollo_mini': 16,
   'frugal': 48,
   'frugal_svd': 48,
-  # One layer of the stack, whose base is Adam or GaLore; of GaLore's update P U the basis
-  # (12, 4) is gathered.
+  # One layer of the stack, whose base is Adam or GaLore.
   'frugal_blocks': 1,
-  'owlore': 48,
+  'owlore': 32,
   # A step of power iteration and the QR of P (d, r), whose rows are all needed at once.
   'ldadam': 96,
   # QR of (k, r).

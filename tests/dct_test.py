@@ -262,7 +262,7 @@ def test_state_bytes(feedback, d, k, rank):
   params = {'w': jax.ShapeDtypeStruct((k, d), jnp.bfloat16)}
   int4 = d * k // 2 + 8 * math.ceil(d * k / 256)
   e = dict(none=0, full=4 * d * k, int8=d * k + 4 * k, int4=int4)[feedback]
-  counts = 4 + 4 + 4 + 4  # steps, skipped, overdue, Adam's
+  counts = 4 + 4 + 1 + 4 + 4  # steps, skipped, a flag, overdue, Adam's
   want = (
     8 * rank * k + 4 * rank + e + counts + 4
   )  # and Adam's count of the other leaves

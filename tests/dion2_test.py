@@ -56,6 +56,8 @@ def test_only_what_was_updated_decays():
 
 def test_state_bytes():
   params = {'w': jax.ShapeDtypeStruct((11008, 4096), jnp.bfloat16)}
-  counts = 4 + 4 + 4 + 4  # steps, skipped, overdue, Lion's of the other leaves
+  counts = (
+    4 + 4 + 1 + 4 + 4
+  )  # steps, skipped, a flag, overdue, Lion's of the other leaves
   want = 4 * 4096 * 11008 + 4 * 1024 + counts
   assert lrjax.coverage(lrjax.scale_by_dion2(), params).state_bytes == want

@@ -83,7 +83,9 @@ def test_the_factor_is_of_fan_in_and_fan_out_whatever_the_side():
 @pytest.mark.parametrize(('d', 'k', 'rank'), [(8, 12, 3), (4096, 11008, 1024)])
 def test_state_bytes(d, k, rank):
   params = {'w': jax.ShapeDtypeStruct((k, d), jnp.bfloat16)}
-  counts = 4 + 4 + 4 + 4  # steps, skipped, overdue, Lion's of the other leaves
+  counts = (
+    4 + 4 + 1 + 4 + 4
+  )  # steps, skipped, a flag, overdue, Lion's of the other leaves
   want = 4 * d * k + 4 * d * rank + counts
   assert lrjax.coverage(lrjax.scale_by_dion(rank), params).state_bytes == want
 

@@ -209,7 +209,7 @@ def test_state_bytes_are_those_of_the_formula(projection, layers, d, k):
   r = size(d)
   assert row.rank == r
   assert row.state_bytes == layers * (more(d, k, r) + 2 * 4 * r * k + 2 * 4)
-  assert report.state_bytes == row.state_bytes + rest + 2 * 4
+  assert report.state_bytes == row.state_bytes + rest + 2 * 4 + 1
 
 
 @pytest.mark.parametrize(

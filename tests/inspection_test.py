@@ -56,7 +56,7 @@ def test_bytes_are_those_of_the_formula(dtype):
     'small/kernel': 'not larger than rank 4',
   }
   moments = 2 * 4 * sum(int(np.prod(r.shape)) for r in plain)
-  three = 3 * 4  # count, skipped, and the count of the plain optimizer
+  three = 3 * 4 + 1  # count, skipped, the plain optimizer's count, a flag
   total = sum(expected(*s) for s in sizes.values()) + moments + three
   assert report.state_bytes == total
   size = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))

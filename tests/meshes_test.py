@@ -36,8 +36,6 @@ SPECS = {
   'embedding': P('tensor', 'fsdp'),
   'scale': P('fsdp'),
 }
-# Moments that are stored in blocks of codes stay with the tensor's parts.
-CODED = ('galore_8bit', 'q_galore')
 SIDES = {D: 'fsdp', K: 'tensor', V: 'tensor'}
 PARAMS = {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in SHAPES.items()}
 
@@ -61,12 +59,8 @@ def test_state_is_split_along_sides_and_never_along_ranks(name):
       # A rank, a stack, the blocks of 8-bit moments: all have other sizes.
       for size, axis in zip(x.shape, (*spec, *[None] * (x.ndim - len(spec)))):
         leaf = jax.tree_util.keystr(path)
-        # Moments (r, k) are divided between all devices that divide the matrix.
-        low = x.shape[-1:] == (K,) and x.ndim - ('stack/' in leaf) == 2
-        low = low and x.shape[-2] not in SIDES and name not in CODED
-        side = ('tensor', 'fsdp') if low and size == K else SIDES.get(size)
-        assert axis == side, f'{leaf} {x.shape}: {spec}'
-        seen.update((axis,) if isinstance(axis, str) else axis or ())
+        assert axis == SIDES.get(size), f'{leaf} {x.shape}: {spec}'
+        seen.add(axis)
     assert {'fsdp', 'tensor'} <= seen
 
 

@@ -102,7 +102,9 @@ def test_defect_fft_orientation_of_tall_and_wide_matrices():
 @pytest.mark.parametrize(('d', 'k', 'rank'), [(8, 12, 3), (4096, 11008, 256)])
 def test_state_bytes(d, k, rank):
   params = {'w': jax.ShapeDtypeStruct((k, d), jnp.bfloat16)}
-  counts = 4 + 4 + 4 + 4  # steps, skipped, overdue, Adam's of the other leaves
+  counts = (
+    4 + 4 + 1 + 4 + 4
+  )  # steps, skipped, a flag, overdue, Adam's of the other leaves
   want = 4 * d * k + 4 * rank + counts
   assert lrjax.coverage(lrjax.scale_by_trion(rank), params).state_bytes == want
 

@@ -167,9 +167,9 @@ def _gpu_kernel(
     return jnp.broadcast_to(top[:, None], shape).reshape(1, -1)
 
   g, mu, mu_scale, nu, nu_scale, *out = refs
-  stored = lambda x, s: Dynamic8(blocks.load(x, *here), blocks.load(s, *scale))
+  stored = lambda x, s: Dynamic8(blocks.read(x, *here), blocks.read(s, *scale))
   moments = stored(mu, mu_scale), stored(nu, nu_scale)
-  g = blocks.load(g, *here)
+  g = blocks.read(g, *here)
   u, m, v = _step(g, *moments, numbers, lookup, largest)
   for ref, at, x in zip(out, (here, *(here, scale) * 2), (u, *m, *v), strict=True):
     blocks.store(ref, *at, x)

@@ -109,7 +109,7 @@ def within(rows: jax.Array, n: int, cols: jax.Array, m: int) -> jax.Array:
   return (rows < n)[:, None] & (cols < m)[None, :]
 
 
-def load(ref: Any, rows: jax.Array, cols: jax.Array) -> jax.Array:
+def read(ref: Any, rows: jax.Array, cols: jax.Array) -> jax.Array:
   """Entries (rows, cols) of an array on a GPU, zeros past its edges."""
   mask = within(rows, ref.shape[0], cols, ref.shape[1])
   return pltriton.load(ref.at[rows[:, None], cols[None, :]], mask=mask, other=0)

@@ -150,8 +150,8 @@ def _gpu_kernel(
 
   def add(i: jax.Array, s: jax.Array) -> jax.Array:
     ds = blocks.span(i, tile['d'])
-    g = blocks.load(g_ref, *blocks.along(side, ds, ks))
-    return s + _transformed(blocks.load(q_ref, ds, ns), g, side)
+    g = blocks.read(g_ref, *blocks.along(side, ds, ks))
+    return s + _transformed(blocks.read(q_ref, ds, ns), g, side)
 
   s = jnp.zeros((tile['k'], tile['r']), jnp.float32)
   s = jax.lax.fori_loop(0, pl.cdiv(q_ref.shape[0], tile['d']), add, s)

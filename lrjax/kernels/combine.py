@@ -99,15 +99,15 @@ def _gpu_kernel(
 
   def add(i: jax.Array, sums: tuple) -> tuple:
     rs = blocks.span(i, tile['r'])
-    p = blocks.load(p_ref, ds, rs)
-    up = lambda ref: blocks.up(p, blocks.load(ref, rs, ks), side)
+    p = blocks.read(p_ref, ds, rs)
+    up = lambda ref: blocks.up(p, blocks.read(ref, rs, ks), side)
     return tuple(s + up(ref) for s, ref in zip(sums, low_refs))
 
   zeros = jnp.zeros(blocks.along(side, tile['d'], tile['k']), jnp.float32)
   steps = pl.cdiv(p_ref.shape[1], tile['r'])
   inside, *low = jax.lax.fori_loop(0, steps, add, (zeros,) * len(low_refs))
-  c = blocks.load(c_ref, *blocks.along(side, blocks.span(0, 1), ks))
-  f = _part(blocks.load(g_ref, *here), *low)
+  c = blocks.read(c_ref, *blocks.along(side, blocks.span(0, 1), ks))
+  f = _part(blocks.read(g_ref, *here), *low)
   blocks.store(out_ref, *here, inside + c * f)
 
 

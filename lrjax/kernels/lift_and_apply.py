@@ -229,13 +229,13 @@ def _gpu_kernel(
   def add(i: jax.Array, update: jax.Array) -> jax.Array:
     rs = blocks.span(i, tile['r'])
     p = stored.gpu_load(p_refs, form, ds, rs)
-    return update + blocks.up(p, blocks.load(n_ref, rs, ks), side)
+    return update + blocks.up(p, blocks.read(n_ref, rs, ks), side)
 
   zeros = jnp.zeros(blocks.along(side, tile['d'], tile['k']), jnp.float32)
   steps = pl.cdiv(n_ref.shape[0], tile['r'])
   update = jax.lax.fori_loop(0, steps, add, zeros)
   rows, cols = blocks.along(side, ds, ks)
-  new = _moved(blocks.load(w_ref, rows, cols), update, numbers_ref)
+  new = _moved(blocks.read(w_ref, rows, cols), update, numbers_ref)
   if stochastic:
     at = rounding.positions(rows[:, None], cols[None, :], w_ref.shape[1])
     new = rounding.stochastic_bf16(new, rounding.random_bits(at, words_ref))

@@ -198,7 +198,7 @@ def _gpu_kernel(*refs: Any, side: Side, form: Form, tile: Tile) -> None:
   ks = blocks.span(pl.program_id(0), tile['k'])
   rs = blocks.span(pl.program_id(1), tile['r'])
   low = gpu_sum(p_refs, g_ref, rs, ks, side, form, tile)
-  mu, nu = blocks.load(mu_ref, rs, ks), blocks.load(nu_ref, rs, ks)
+  mu, nu = blocks.read(mu_ref, rs, ks), blocks.read(nu_ref, rs, ks)
   for ref, x in zip((n_ref, m_ref, v_ref), _step(low, mu, nu, numbers_ref)):
     blocks.store(ref, rs, ks, x)
 

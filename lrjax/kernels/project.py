@@ -138,7 +138,7 @@ def gpu_sum(
   def add(i: jax.Array, out: jax.Array) -> jax.Array:
     ds = blocks.span(i, tile['d'])
     p = stored.gpu_load(p_refs, form, ds, rs)
-    g = blocks.load(g_ref, *blocks.along(side, ds, ks))
+    g = blocks.read(g_ref, *blocks.along(side, ds, ks))
     return out + blocks.down(p, g, side)
 
   d = blocks.along(side, *g_ref.shape)[0]

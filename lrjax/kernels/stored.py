@@ -164,17 +164,17 @@ def split_rows(low: jax.Array, parts: int) -> list[jax.Array]:
 def gpu_load(refs: list, form: Form, rows: jax.Array, cols: jax.Array) -> jax.Array:
   """Entries (rows, cols) of P, zeros past its edges."""
   if form.kind == 'float':
-    return blocks.load(refs[0], rows, cols)
+    return blocks.read(refs[0], rows, cols)
   if form.kind == 'linear':
     codes, scale = refs
     # One scale a column, or one a row: its other axis is of size 1.
     at = (rows * (scale.shape[0] > 1), cols * (scale.shape[1] > 1))
-    codes = blocks.load(codes, rows, cols)
-    return codes.astype(jnp.float32) * (blocks.load(scale, *at) / 127)
+    codes = blocks.read(codes, rows, cols)
+    return codes.astype(jnp.float32) * (blocks.read(scale, *at) / 127)
   packed, scale, zero = refs
   per_byte = parts(form)
   d, r = packed.shape[0], packed.shape[1] * per_byte
-  codes = blocks.load(packed, rows, cols // per_byte).astype(jnp.int32)
+  codes = blocks.read(packed, rows, cols // per_byte).astype(jnp.int32)
   if per_byte == 2:
     codes = (codes >> (cols % 2 * 4)[None, :]) & 15
   group = (rows[:, None] * r + cols[None, :]) // form.group
