@@ -149,7 +149,7 @@ class TorchStep:
   compile_seconds: float = 0.0
 
   def __init__(self, name: str, rank: int, grads: Any):
-    import torch
+    import torch  # pyrefly: ignore
 
     self.refresh: list[float] = []
     self.steady: list[float] = []
@@ -192,7 +192,7 @@ def _torch_optimizer(name: str, rank: int, plain: list, matrices: list) -> Any:
 
 def _tensors(state: Any) -> list:
   """All tensors that one parameter's state holds, projectors included."""
-  import torch
+  import torch  # pyrefly: ignore
 
   if isinstance(state, torch.Tensor):
     return [state]
