@@ -282,6 +282,17 @@ def test_dense_layers_of_a_linen_model():
   np.testing.assert_allclose(value, full_value, rtol=1e-6)
 
 
+def test_sums_over_micro_batches_stay_projected():
+  params, tx = WEIGHTS, make()
+  x = jax.random.normal(jax.random.key(3), (6, 8))
+  run = jax.jit(lrjax.projected_value_and_grad(tower, tx))
+  state = tx.init(params)
+  parts = [run(params, state, half)[1] for half in (x[:3], x[3:])]
+  total, whole = jax.tree.map(jnp.add, *parts), run(params, state, x)[1]
+  assert total['up']['kernel'].low.shape == (2, 3, 12)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), total, whole)
+
+
 def test_errors():
   with pytest.raises(
     ValueError, match=r"unknown `keep` 'inputs'; did you mean 'input'"
