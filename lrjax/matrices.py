@@ -13,7 +13,7 @@ from lrjax.checks import closest, positive_int
 from lrjax.moments import Holding
 from lrjax.observing import observed
 from lrjax.recording import record
-from lrjax.stacks import Slot, all_of, select
+from lrjax.stacks import Slot, Stack, all_of, any_of, select
 from lrjax.types import MatrixTransform
 from lrjax.views import LeafPlan, Where, leaf_path, planner
 
@@ -141,22 +141,23 @@ def on_matrices(
     def step(updates: Any, state: MatricesState, params: Any, extra: dict) -> tuple:
       leaves, treedef = jax.tree.flatten(updates, is_leaf=stacks.is_projected)
       here = [(p, x) for (p, _), x in zip(plans, leaves)]
-      work = {
-        p.path: stacks.examine(rule(p.rank), p, x, state.slots[p.path], factor(p))
+      work = [
+        Stack(rule(p.rank), p, x, state.slots[p.path], factor(p))
         for p, x in here
         if not p.reason
-      }
+      ]
+      due = stacks.due(work, state.count)
+      work = stacks.examine(work, due)
       g = _rest(here)
       rest_ok = all_of(stacks.bounded(x) for x in g.values())
-      taken = all_of([rest_ok, *(s.ok for s in work.values())])
       counted = jnp.asarray(True)
       if guard == 'tree':
-        rest_ok = counted = taken
-        hold = lambda s: s._replace(ok=jnp.broadcast_to(taken, s.ok.shape))
-        work = {path: hold(s) for path, s in work.items()}
-
-      refreshed = stacks.refresh(list(work.values()), state.count, counted, seed)
-      done = {path: s.step(lifted) for path, s in zip(work, refreshed)}
+        counted, work = _held_together(rest_ok, work)
+      work = stacks.project(stacks.refresh(work, due, state.count, counted, seed))
+      taken, held = _held_together(rest_ok, work)
+      if guard == 'tree':
+        rest_ok, counted, work = taken, taken, held
+      done = {s.plan.path: s.step(lifted) for s in work}
       out = {path: u for path, (u, _) in done.items()}
       slots = {path: slot for path, (_, slot) in done.items()}
 
@@ -174,11 +175,11 @@ def on_matrices(
 
       tick = lambda flag, n: jnp.where(flag, optax.safe_increment(n), n)
       count = tick(counted, state.count)
-      held = [(s.rule, s.plan, slots[path]) for path, s in work.items()]
+      after = [s._replace(slot=slots[s.plan.path]) for s in work]
       return treedef.unflatten([out[p.path] for p, _ in plans]), MatricesState(
         count=count,
         skipped=tick(~taken, state.skipped),
-        wants_gradient=stacks.wants_gradient(held, count),
+        wants_gradient=any_of(stacks.due(after, count)),
         slots=slots,
         rest=rest_state,
       )
@@ -205,6 +206,12 @@ def _observed(rule: Callable, period: int) -> Callable:
 
 def _init_slot(rule: MatrixTransform, plan: LeafPlan, x: Any) -> Slot:
   return sharding.place_slot(stacks.init_slot(rule, plan, x), rule, plan, x)
+
+
+def _held_together(rest_ok: jax.Array, work: list[Stack]) -> tuple:
+  """(whether all gradients are good, the stacks with this for a flag)."""
+  ok = all_of([rest_ok, *(s.ok for s in work)])
+  return ok, [s._replace(ok=jnp.broadcast_to(ok, s.ok.shape)) for s in work]
 
 
 def _rest(plans: list[tuple[LeafPlan, Any]]) -> dict[str, Any]:

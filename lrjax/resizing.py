@@ -90,6 +90,8 @@ def _carry(state: PyTree, start: PyTree, old: PyTree, new: PyTree) -> PyTree:
     if owner(name) in anew or name not in before:
       # A basis that starts over is found at the next step, not at the end of the period.
       return jnp.ones_like(x) if name.endswith('/overdue') else x
+    if anew and f'/{name}'.endswith('/wants_gradient'):
+      return jnp.ones_like(x)
     return before[name][tuple(slice(n) for n in x.shape)]
 
   return jax.tree.map_with_path(visit, start)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lrjax import sharding
 from lrjax.types import Lifted, MatrixTransform, Projected
 from lrjax.views import LeafPlan, from_matrix, to_matrix
 
@@ -39,18 +40,20 @@ class Stack(NamedTuple):
     plan: how the leaf is a stack of matrices.
     leaf: its gradient, in full or `Projected`.
     slot: their state.
-    ok: bool (*stack), whether the gradient may be used.
-    nonzero: bool (*stack), whether it can set a basis.
     scale: factor of the updates.
+    ok: bool (*stack), whether the gradient may be used; set by `examine`.
+    nonzero: bool (*stack), whether it can set a basis; likewise.
+    low: P'G (*stack, r, k) where the rule needs nothing else; set by `project`.
   """
 
   rule: MatrixTransform
   plan: LeafPlan
   leaf: Any
   slot: Slot
-  ok: jax.Array
-  nonzero: jax.Array
   scale: float = 1.0
+  ok: Any = None
+  nonzero: Any = None
+  low: Any = None
 
   @property
   def projected(self) -> bool:
@@ -68,6 +71,15 @@ class Stack(NamedTuple):
       f = jax.vmap(f)
     return f
 
+  def energy(self) -> jax.Array:
+    """The sum of squares of each gradient (*stack), or of its projection."""
+    assert self.plan.axes is not None
+    if self.projected:
+      _check_projected(self.rule, self.plan, self.leaf)
+      return squares(self.leaf.low, (-2, -1))
+    # In the leaf's own layout: a transposed one would be written out for this alone.
+    return squares(self.leaf, (*self.plan.axes[1], *self.plan.axes[2]))
+
   def step(self, lifted: bool = False) -> tuple[Any, Slot]:
     """The leaf's update and its state; nothing moves where `ok` is false.
 
@@ -82,11 +94,9 @@ class Stack(NamedTuple):
       # makes u, but not with a select between them.
       u = jnp.where(spread(self.ok, self.plan), from_matrix(u, self.plan), 0)
     else:
-      d, (down, move, up) = self.plan.matrix[0], rule.steps
-      low = (
-        wide(self.leaf.low) if self.projected else self.over_stack(down)(self.g, state)
-      )
-      u, new = self.over_stack(move)(low, state, self.ok)
+      d, (_, move, up) = self.plan.matrix[0], rule.steps
+      u, new = self.over_stack(move)(self.low, state, self.ok)
+      u = sharding.gather_low(u, self.slot, rule, self.plan)
       if not lifted:
         u = self.over_stack(lambda u, s: up(u, s, d))(u, new)
         u = from_matrix(u, self.plan)
@@ -98,19 +108,43 @@ class Stack(NamedTuple):
     return u.astype(self.leaf.dtype), slot
 
 
-def examine(
-  rule: MatrixTransform, plan: LeafPlan, leaf: Any, slot: Slot, scale: float
-) -> Stack:
-  """A `Stack` whose flags tell which gradients are good."""
-  assert plan.axes is not None
-  _, ins, outs = plan.axes
-  if is_projected(leaf):
-    _check_projected(rule, plan, leaf)
-    energy = squares(leaf.low, (-2, -1))
-  else:
-    # In the leaf's own layout: a transposed one would be written out for this alone.
-    energy = squares(leaf, (*ins, *outs))
-  return Stack(rule, plan, leaf, slot, energy < LARGEST**2, energy > 0, scale)
+def examine(stacks: list[Stack], due: list[jax.Array]) -> list[Stack]:
+  """The stacks with flags that tell which gradients are good.
+
+  Where a projection is all that a step needs, `project` looks at it instead, and the
+  gradient itself is read once more only if a refresh is due.
+  """
+  now = any_of(due)
+  later = [i for i, s in enumerate(stacks) if s.rule.steps and not s.projected]
+
+  def energies() -> list[jax.Array]:
+    return [stacks[i].energy() for i in later]
+
+  def unseen() -> list[jax.Array]:
+    return [jnp.ones_like(x) for x in jax.eval_shape(energies)]
+
+  known = dict(zip(later, jax.lax.cond(now, energies, unseen) if later else []))
+
+  def look(i: int, s: Stack) -> Stack:
+    energy = known[i] if i in known else s.energy()
+    return s._replace(ok=energy < LARGEST**2, nonzero=energy > 0)
+
+  return [look(i, s) for i, s in enumerate(stacks)]
+
+
+def project(stacks: list[Stack]) -> list[Stack]:
+  """The stacks with P'G where that is all a step needs, and flags that saw it."""
+
+  def one(s: Stack) -> Stack:
+    if s.rule.steps is None:
+      return s
+    down, state = s.rule.steps.down, s.slot.state
+    low = wide(s.leaf.low) if s.projected else s.over_stack(down)(s.g, state)
+    low = sharding.divide_low(low, s.slot, s.rule, s.plan)
+    # P has no row that is zero for good: what is not finite in G is not finite here.
+    return s._replace(low=low, ok=s.ok & (squares(low, (-2, -1)) < LARGEST**2))
+
+  return [one(s) for s in stacks]
 
 
 def init_slot(rule: MatrixTransform, plan: LeafPlan, x: Any) -> Slot:
@@ -121,22 +155,41 @@ def init_slot(rule: MatrixTransform, plan: LeafPlan, x: Any) -> Slot:
   return jax.tree.map(stacked, Slot(jnp.zeros([], jnp.int32), one))
 
 
+def due(stacks: list[Stack], step: jax.Array) -> list[jax.Array]:
+  """bool (*stack) for each: which matrices are to be refreshed at a step."""
+  at = [s for s in stacks if s.rule.refresh is not None]
+  shifts = iter(phases([s.plan.stack for s in at]))
+
+  def one(s: Stack) -> jax.Array:
+    if s.rule.refresh is None:
+      return jnp.zeros(s.plan.stack, bool)
+    asks: Any = s.rule.due
+    scheduled = s.over_stack(lambda state, phase: asks(state, step, phase))
+    # The second: left over from before.
+    return scheduled(s.slot.state, next(shifts)) | (s.slot.overdue > 0)
+
+  return [one(s) for s in stacks]
+
+
 def refresh(
-  stacks: list[Stack], step: jax.Array, moved: jax.Array, seed: int
+  stacks: list[Stack],
+  due: list[jax.Array],
+  step: jax.Array,
+  moved: jax.Array,
+  seed: int,
 ) -> list[Stack]:
   """Runs the refreshes that are due, behind one scalar predicate for all leaves.
 
   Where the step counts (`moved`), a refresh that cannot run now stays due.
   """
-  at = [i for i, s in enumerate(stacks) if s.rule.refresh is not None]
-  if not at:
-    return stacks
-  shifts = phases([stacks[i].plan.stack for i in at])
-  due = [_due(stacks[i], step, phase) & moved for i, phase in zip(at, shifts)]
-  due = dict(zip(at, due))
+  at = {
+    i: d & moved
+    for i, (s, d) in enumerate(zip(stacks, due))
+    if s.rule.refresh is not None
+  }
   run = {
     i: d & stacks[i].ok & stacks[i].nonzero
-    for i, d in due.items()
+    for i, d in at.items()
     if not stacks[i].projected
   }
 
@@ -148,10 +201,10 @@ def refresh(
 
   done: dict = {}
   if run:
-    any_runs = ~all_of(~r for r in run.values())
+    any_runs = any_of(run.values())
     done = jax.lax.cond(any_runs, refresh_all, refresh_none)
   out = list(stacks)
-  for i, d in due.items():
+  for i, d in at.items():
     overdue, state = out[i].slot.overdue, out[i].slot.state
     good = jnp.zeros_like(d)
     if i in run:
@@ -159,20 +212,6 @@ def refresh(
     overdue = jnp.where(good, 0, jnp.maximum(overdue, d.astype(jnp.int32)))
     out[i] = out[i]._replace(slot=Slot(overdue, state))
   return out
-
-
-def wants_gradient(
-  leaves: list[tuple[MatrixTransform, LeafPlan, Slot]], step: jax.Array
-) -> jax.Array:
-  """bool[], whether a refresh is due at a step."""
-  at = [x for x in leaves if x[0].refresh is not None]
-  shifts = phases([plan.stack for _, plan, _ in at])
-  ok = jnp.asarray(True)
-  due = (
-    _due(Stack(rule, plan, None, slot, ok, ok), step, phase)
-    for (rule, plan, slot), phase in zip(at, shifts)
-  )
-  return ~all_of(~d for d in due)
 
 
 def is_projected(x: Any) -> bool:
@@ -201,14 +240,6 @@ def _check_projected(rule: MatrixTransform, plan: LeafPlan, leaf: Projected) -> 
       f' {leaf.side!r}, where {(*plan.stack, "r", plan.matrix[1])}, side'
       f' {plan.side!r}, is compressed'
     )
-
-
-def _due(s: Stack, step: jax.Array, phase: jax.Array) -> jax.Array:
-  """bool (*stack): scheduled now, or left over from before."""
-  due = s.rule.due
-  assert due is not None
-  scheduled = s.over_stack(lambda state, phase: due(state, step, phase))
-  return scheduled(s.slot.state, phase) | (s.slot.overdue > 0)
 
 
 def _refresh_leaf(s: Stack, run: jax.Array, step: jax.Array, seed: int) -> tuple:
@@ -331,6 +362,11 @@ def all_of(flags: Iterable[jax.Array]) -> jax.Array:
 def wide(g: jax.Array) -> jax.Array:
   """`g` in float32, or wider if it is."""
   return g.astype(jnp.promote_types(g.dtype, jnp.float32))
+
+
+def any_of(flags: Iterable[jax.Array]) -> jax.Array:
+  """bool[], whether an entry of one of the flags holds."""
+  return ~all_of(~flag for flag in flags)
 
 
 def over(flag: jax.Array, axes: int) -> jax.Array:
