@@ -80,7 +80,10 @@ def build(experiment: Experiment, mesh: Mesh | None = None) -> Program:
   mesh = make_mesh(experiment) if mesh is None else mesh
   c = Computation(experiment)
   abstract = jax.eval_shape(c.init)
-  specs = _state_specs(c, abstract, mesh)
+  try:
+    specs = _state_specs(c, abstract, mesh)
+  except ValueError as e:  # an axis that does not divide a parameter
+    raise ConfigError(f'mesh {dict(mesh.shape)}: {e}') from e
   shardings = jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
   place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
   batch = NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
@@ -135,12 +138,10 @@ def _check_projected(c: Computation, abstract: Any) -> None:
 
 
 def _state_specs(c: Computation, abstract: Any, mesh: Mesh) -> Any:
-  """The partition specs of a run's state."""
+  """The partition specs of a run's state, whose moments are divided from here on."""
   specs = param_specs(c.params, c.kernel)
-  try:
-    opt = lrjax.state_specs(c.tx, c.params, specs, mesh)
-  except ValueError as e:  # an axis that does not divide a parameter
-    raise ConfigError(f'mesh {dict(mesh.shape)}: {e}') from e
+  c.tx = lrjax.divided(c.tx, c.params, specs, mesh)
+  opt = lrjax.state_specs(c.tx, c.params, specs, mesh)
   whole = jax.tree.map(lambda _: PartitionSpec(), abstract)
   return dict(
     whole,

@@ -115,7 +115,7 @@ from lrjax.resizing import resize
 from lrjax.s4d import s4d_convolve, s4d_init, s4d_kernel, s4d_labels, s4d_scan, s4d_step
 from lrjax.sampling import sampled_layers
 from lrjax.schedules import with_restarts
-from lrjax.sharding import state_specs
+from lrjax.sharding import divided, state_specs
 from lrjax.transports import (
   keep,
   projection_aware,
@@ -187,6 +187,7 @@ __all__ = [
   'diagnostics',
   'dion',
   'dion2',
+  'divided',
   'drop',
   'dsformer',
   'due_events',

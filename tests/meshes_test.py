@@ -119,3 +119,45 @@ def test_a_choice_at_every_step_sends_what_it_scores(name, most):
   step, _ = compiled(name, mesh_of('4 x 2'))
   _, chosen = collectives(step.as_text())
   assert 1 < max(n for _, n in chosen) <= most
+
+
+@pytest.mark.parametrize('mesh', ['8 x 1', '4 x 2', '2 x 2 x 2'])
+def test_divided_moments_have_the_same_bits_in_less_memory(mesh):
+  mesh = mesh_of(mesh)
+  plain = lrjax.scale_by_galore(4, update_proj_gap=3, basis='subspace_iteration')
+  named = lambda specs: jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
+  params, grads, _ = on_one_device('galore')
+
+  def run(tx):
+    where, specs = named(SPECS), named(lrjax.state_specs(tx, PARAMS, SPECS, mesh))
+    step = jax.jit(tx.update, in_shardings=(where, specs), out_shardings=(where, specs))
+    step = step.lower(PARAMS, jax.eval_shape(tx.init, PARAMS)).compile()
+    state, updates = jax.device_put(tx.init(params), specs), []
+    for g in grads:
+      u, state = step(jax.device_put(g, where), state)
+      updates.append(jax.device_get(u))
+    moments = [s.state.inner.mu for s in state.slots.values()]
+    sizes = [mu.addressable_shards[0].data.size for mu in moments]
+    return updates, sum(sizes), collectives(step.as_text())[0]
+
+  want, whole, _ = run(plain)
+  got, part, sent = run(lrjax.divided(plain, PARAMS, SPECS, mesh))
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+  assert part * mesh.shape['fsdp'] == whole
+  assert max(n for _, n in sent) <= 2 * 4 * K // mesh.shape['tensor']
+
+
+def test_moments_stay_whole_where_columns_do_not_divide_or_more_is_needed():
+  mesh = mesh_of('4 x 2')
+  params = {'kernel': jax.ShapeDtypeStruct((24, 36), jnp.float32)}
+  specs = {'kernel': P('fsdp', 'tensor')}
+  for tx in (lrjax.scale_by_galore(4), lrjax.scale_by_fira(4)):
+    tx = lrjax.divided(tx, params, specs, mesh)
+    moments = lrjax.state_specs(tx, params, specs, mesh).slots['kernel'].state.inner
+    assert moments.mu == P(None, 'tensor')
+
+
+def test_moments_are_not_divided_over_explicit_axes():
+  mesh = jax.make_mesh((1,), ('fsdp',), axis_types=(AxisType.Explicit,))
+  with pytest.raises(ValueError, match='type Auto'):
+    lrjax.divided(lrjax.scale_by_galore(4), {}, {}, mesh)
