@@ -5,7 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 import lrjax
 from experiments import kernels, optimizers
@@ -13,6 +15,7 @@ from experiments.config import Experiment
 from experiments.errors import ConfigError
 from experiments.storage import storage
 from lrjax.models.llama import Llama, next_token_loss
+from lrjax.models.llama_params import param_specs
 from lrjax.modules.nnx import kernels as plan_of
 from lrjax.modules.nnx import split
 
@@ -25,6 +28,7 @@ class Computation:
 
   Args:
     experiment: what to compute.
+    mesh: over whose axes low-rank moments are divided; none: they are not.
 
   Attributes:
     tx: the optimizer.
@@ -32,23 +36,27 @@ class Computation:
     plan: where it is in the model.
     storage: how weights are kept between steps.
     params: the tree of `ShapeDtypeStruct`s of the weights in a step.
+    specs: the tree of the weights' partition specs.
     fixed: that of the arrays nobody differentiates.
 
   Raises:
-    ConfigError: for a kernel that does not fit the model.
+    ConfigError: for a kernel that does not fit the model, a mesh that does not divide it.
   """
 
-  def __init__(self, experiment: Experiment):
+  def __init__(self, experiment: Experiment, mesh: Mesh | None = None):
     self.experiment = experiment
     self.tx = optimizers.make(experiment)
     self.rate = optimizers.schedule(experiment)
-    self.storage = storage(experiment)
     self.kernel = kernels.make(experiment)
     try:
       model = nnx.eval_shape(self._model)
     except ValueError as e:  # a rank or a density that no kernel has
       raise ConfigError(f'kernel {experiment.kernel.name}: {e}') from e
     self._graphdef, self.params, self.fixed = split(model)
+    self.specs = param_specs(self.params, self.kernel)
+    if mesh is not None:
+      self.tx = self._divided(mesh)
+    self.storage = storage(experiment, self.tx)
     self.plan = plan_of(model)
     self._each_step = lrjax.step_events(self.plan)
 
@@ -104,6 +112,12 @@ class Computation:
     e = self.experiment
     return Llama(e.model, kernel=self.kernel, rngs=nnx.Rngs(e.seed))
 
+  def _divided(self, mesh: Mesh) -> optax.GradientTransformation:
+    try:
+      return lrjax.divided(self.tx, self.params, self.specs, mesh)
+    except ValueError as e:
+      raise ConfigError(f'mesh {dict(mesh.shape)}: {e}') from e
+
   def _state_of(self, params: Any, fixed: Any) -> Any:
     zero = jnp.zeros([], jnp.int32)
     counts = dict(step=zero, skipped=zero, bad=zero)
@@ -116,10 +130,10 @@ class Computation:
     params = self.storage.decode(stored)
     value, grads = differentiate(params, state['opt'], fixed, tokens)
     norm = global_norm(grads)
-    updates, opt = self.tx.update(grads, state['opt'], params)
     # Only rounding draws from it.
     key = jax.random.fold_in(jax.random.key(self.experiment.seed), state['step'])
-    new = dict(params=self.storage.move(key, stored, updates), opt=opt)
+    moved, opt = self.storage.move(key, stored, params, grads, state['opt'])
+    new = dict(params=moved, opt=opt)
     ok = jnp.isfinite(value) & jnp.isfinite(norm)
     old = {k: state[k] for k in new}
     new = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)

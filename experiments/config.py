@@ -45,6 +45,10 @@ class Optimizer:
     frobenius_decay: weight of half the squared norm of factorized kernels in the loss.
     projected_backward: form only the projections of gradients, except at refreshes; for
       methods that need no more. Gradient norms are then those of what is formed.
+    kernels: move weights by the device's own kernel, `lrjax.kernels.lift_and_apply`, where
+      the method's updates are lifted ones; on one device.
+    stochastic_rounding: round such weights in bfloat16 up with the probability of the
+      fraction.
     options: further keyword arguments of the method.
   """
 
@@ -61,6 +65,8 @@ class Optimizer:
   restart_start: float = 0.0
   frobenius_decay: float = 0.0
   projected_backward: bool = False
+  kernels: bool = False
+  stochastic_rounding: bool = False
   options: Mapping[str, Scalar] = dataclasses.field(
     default_factory=dict, metadata={'follows': 'name'}
   )
@@ -77,6 +83,9 @@ class Optimizer:
     longer = lambda x: x is None or x > warmup
     _require(self, 'restart_every', longer, f'none or above restart_warmup={warmup}')
     _require(self, 'restart_start', lambda x: 0 <= x <= 1, 'between 0 and 1')
+    for name in ('kernels', 'stochastic_rounding'):
+      if self.weights == 'int8' and getattr(self, name):
+        raise ValueError(f"{name} is for weights='float', got weights='int8'")
     if self.projected_backward and self.clip:
       raise ValueError(
         f'projected_backward needs clip=0, got clip={self.clip}: the norm of a gradient of'
@@ -197,6 +206,10 @@ class Experiment:
         f'data.seq_len={self.data.seq_len} must be at most '
         f'model.max_seq_len={self.model.max_seq_len}'
       )
+    if (
+      self.optimizer.kernels and self.mesh.data * self.mesh.fsdp * self.mesh.tensor > 1
+    ):
+      raise ValueError(f'optimizer.kernels is for one device, got {self.mesh}')
     if self.data.batch_size % (self.mesh.data * self.mesh.fsdp):
       raise ValueError(
         f'data.batch_size={self.data.batch_size} must be a multiple of mesh.data * '

@@ -10,6 +10,7 @@ import optax
 
 import lrjax
 from experiments.config import Experiment
+from lrjax.types import Lifted
 from lrjax.views import VECTORS, leaf_path
 
 StateDtype = Literal['float32', 'bfloat16']
@@ -87,13 +88,17 @@ def adapt(optimizer: Method, **defaults: Any) -> Method:
 def _slower_matrices(scale: float) -> optax.GradientTransformation:
   """Multiplies the updates of hidden matrices, and of vectors that belong to kernels."""
 
-  def slow(path: Any, x: jax.Array) -> bool:
+  def slowed(path: Any, u: Any) -> Any:
     name = leaf_path(path)
     vector = '/kernel/' in name and name.rpartition('/')[2] in VECTORS
-    return vector or lrjax.hidden_kernels(name, x)
+    slow = vector or lrjax.hidden_kernels(name, u)
+    # A lifted update is a tree of its own.
+    return jax.tree.map(lambda x: scale * x, u) if slow else u
 
-  matrices = lambda tree: jax.tree.map_with_path(slow, tree)
-  return optax.masked(optax.scale(scale), matrices)
+  whole = lambda u: isinstance(u, Lifted)
+  return optax.stateless(
+    lambda updates, params: jax.tree.map_with_path(slowed, updates, is_leaf=whole)
+  )
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:

@@ -78,12 +78,9 @@ def build(experiment: Experiment, mesh: Mesh | None = None) -> Program:
     mesh: of other devices than those at hand, to compile for them; none: `make_mesh`.
   """
   mesh = make_mesh(experiment) if mesh is None else mesh
-  c = Computation(experiment)
+  c = Computation(experiment, mesh)
   abstract = jax.eval_shape(c.init)
-  try:
-    specs = _state_specs(c, abstract, mesh)
-  except ValueError as e:  # an axis that does not divide a parameter
-    raise ConfigError(f'mesh {dict(mesh.shape)}: {e}') from e
+  specs = _state_specs(c, abstract, mesh)
   shardings = jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
   place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
   batch = NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
@@ -138,14 +135,11 @@ def _check_projected(c: Computation, abstract: Any) -> None:
 
 
 def _state_specs(c: Computation, abstract: Any, mesh: Mesh) -> Any:
-  """The partition specs of a run's state, whose moments are divided from here on."""
-  specs = param_specs(c.params, c.kernel)
-  c.tx = lrjax.divided(c.tx, c.params, specs, mesh)
-  opt = lrjax.state_specs(c.tx, c.params, specs, mesh)
+  """The partition specs of a run's state."""
   whole = jax.tree.map(lambda _: PartitionSpec(), abstract)
   return dict(
     whole,
-    params=c.storage.specs(c.params, specs),
+    params=c.storage.specs(c.params, c.specs),
     fixed=param_specs(c.fixed, c.kernel),
-    opt=opt,
+    opt=lrjax.state_specs(c.tx, c.params, c.specs, mesh),
   )
