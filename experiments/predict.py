@@ -4,7 +4,8 @@
 the step of that run for the topology, from shapes alone, and counts what the compiled
 program does on each device; see `experiments.hlo`. TPUs need the package libtpu, GPUs the
 CUDA plugin of jax, neither needs a device; `--compiler cpu` needs neither, but its fusions
-and temporary memory are those of a CPU.
+and temporary memory are those of a CPU. With `--optimizer.projected_backward true
+--optimizer.clip 0` it is the step between refreshes, without their QR or `eigh`.
 
 Times are bounds: a roofline at the vendor's peaks, with communication hidden behind
 computation or not at all. Nothing reaches its peak, so the truth is slower.
@@ -70,6 +71,8 @@ class Prediction(NamedTuple):
 def compile_step(experiment: Experiment, topology: str, compiler: Compiler) -> Any:
   """The compiled training step of a run; nothing is allocated.
 
+  With `optimizer.projected_backward` it is the step between two refreshes.
+
   Raises:
     ConfigError: the mesh does not match the topology, or the step needs more memory
       than a device has.
@@ -94,7 +97,7 @@ def compile_step(experiment: Experiment, topology: str, compiler: Compiler) -> A
   window = (experiment.data.batch_size, experiment.data.seq_len + 1)
   tokens = jax.ShapeDtypeStruct(window, jnp.int32, sharding=built.batch_sharding)
   with jax.set_mesh(mesh):
-    lowered = built.step.lower(built.state, tokens)
+    lowered = (built.projected_step or built.step).lower(built.state, tokens)
     try:
       return lowered.compile()
     except jax.errors.JaxRuntimeError as e:

@@ -31,6 +31,7 @@ from lrjax.bases.qr import cholesky_qr, householder_qr
 from lrjax.codecs import affine, cast, dynamic8, int8
 
 # Inner optimizers.
+from lrjax.dividing import divided
 from lrjax.eight_bit import eight_bit
 
 # Weights and state in one step.
@@ -115,7 +116,7 @@ from lrjax.resizing import resize
 from lrjax.s4d import s4d_convolve, s4d_init, s4d_kernel, s4d_labels, s4d_scan, s4d_step
 from lrjax.sampling import sampled_layers
 from lrjax.schedules import with_restarts
-from lrjax.sharding import divided, state_specs
+from lrjax.sharding import state_specs
 from lrjax.transports import (
   keep,
   projection_aware,

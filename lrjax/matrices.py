@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lrjax import sharding, stacks
+from lrjax import refreshing, sharding, stacks
 from lrjax.checks import closest, positive_int
 from lrjax.moments import Holding
 from lrjax.observing import observed
@@ -146,14 +146,14 @@ def on_matrices(
         for p, x in here
         if not p.reason
       ]
-      due = stacks.due(work, state.count)
+      due = refreshing.due(work, state.count)
       work = stacks.examine(work, due)
       g = _rest(here)
       rest_ok = all_of(stacks.bounded(x) for x in g.values())
       counted = jnp.asarray(True)
       if guard == 'tree':
         counted, work = _held_together(rest_ok, work)
-      work = stacks.project(stacks.refresh(work, due, state.count, counted, seed))
+      work = stacks.project(refreshing.refresh(work, due, state.count, counted, seed))
       taken, held = _held_together(rest_ok, work)
       if guard == 'tree':
         rest_ok, counted, work = taken, taken, held
@@ -179,7 +179,7 @@ def on_matrices(
       return treedef.unflatten([out[p.path] for p, _ in plans]), MatricesState(
         count=count,
         skipped=tick(~taken, state.skipped),
-        wants_gradient=any_of(stacks.due(after, count)),
+        wants_gradient=any_of(refreshing.due(after, count)),
         slots=slots,
         rest=rest_state,
       )

@@ -13,7 +13,7 @@ from samples import basis_of, gradients, matrix
 
 import lrjax
 from lrjax import bases
-from lrjax.stacks import phases
+from lrjax.refreshing import phases
 
 SHAPES = {'a': (6, 8), 'b': (4, 8, 6), 'c': (2, 2, 6, 6)}
 
@@ -198,12 +198,12 @@ def outside_conds(jaxpr):
         yield from outside_conds(inner)
 
 
-def test_one_scalar_cond_guards_all_factorisations():
+def test_scalar_conds_guard_all_factorisations():
   grads, tx, state = lowered('keep')
   eqns = list(outside_conds(jax.make_jaxpr(tx.update)(grads, state).jaxpr))
   conds = [e for e in eqns if e.primitive.name == 'cond']
-  assert len(conds) == 1
-  assert conds[0].invars[0].aval.shape == ()
+  # The first looks at gradients in full, the second finds bases.
+  assert [c.invars[0].aval.shape for c in conds] == [(), ()]
   assert not {e.primitive.name for e in eqns} & {'svd', 'eigh', 'geqrf', 'qr'}
 
 
@@ -212,14 +212,17 @@ def test_one_scalar_cond_guards_all_factorisations():
 def test_kept_moments_do_not_pass_through_the_cond(transport, stagger):
   grads, tx, state = lowered(transport, stagger)
   eqns = outside_conds(jax.make_jaxpr(tx.update)(grads, state).jaxpr)
-  (cond,) = [e for e in eqns if e.primitive.name == 'cond']
+  looks, cond = [e for e in eqns if e.primitive.name == 'cond']
+  assert {v.aval.shape for v in looks.outvars} == {
+    s.overdue.shape for s in state.slots.values()
+  }
   returned = {v.aval.shape for v in cond.outvars}
   moments = {s.state.inner.mu.shape for s in state.slots.values()}
   assert {s.state.basis.shape for s in state.slots.values()} <= returned
   assert returned & moments == (moments if transport == 'rotate' else set())
 
 
-def test_compiled_steps_factorise_inside_one_conditional():
+def test_compiled_steps_factorise_inside_a_conditional():
   grads, tx, state = lowered('keep')
   text = jax.jit(tx.update).lower(grads, state).compile().as_text()
   parts = dict(
@@ -236,7 +239,7 @@ def test_compiled_steps_factorise_inside_one_conditional():
       else:
         called = re.findall(r'%?([\w.-]+)', line.split(' = ', 1)[-1])
         todo += [c for c in called if c in parts and c not in always]
-  assert conditionals == 1
+  assert conditionals == 2
   everything = lambda names: ''.join(parts[n] for n in names)
   assert 'lapack' in everything(parts)
   assert 'lapack' not in everything(always)
