@@ -77,6 +77,11 @@ class Computation:
 
   def step(self, state: Any, tokens: jax.Array) -> tuple[Any, dict[str, Any]]:
     """One training step: `(state, tokens) -> (state, metrics)`."""
+    if self.experiment.optimizer.sketched_refresh:
+      refresh = lrjax.sketched_refresh(self.loss, self.tx, seed=self.experiment.seed)
+      params = self.storage.decode(state['params'])
+      opt = refresh(params, state['opt'], state['fixed'], tokens)
+      return self.projected_step(state | dict(opt=opt), tokens)
     full = lambda params, opt, *rest: jax.value_and_grad(self.loss)(params, *rest)
     return self._step(full, state, tokens)
 

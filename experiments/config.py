@@ -45,6 +45,9 @@ class Optimizer:
     frobenius_decay: weight of half the squared norm of factorized kernels in the loss.
     projected_backward: form only the projections of gradients, except at refreshes; for
       methods that need no more. Gradient norms are then those of what is formed.
+    sketched_refresh: find bases by thin products in further backward passes, so that not
+      even refreshes form gradients in full; for `basis` 'subspace_iteration' and
+      'randomized_svd', with `projected_backward`.
     kernels: move weights by the device's own kernel, `lrjax.kernels.lift_and_apply`, where
       the method's updates are lifted ones; on one device.
     stochastic_rounding: round such weights in bfloat16 up with the probability of the
@@ -65,6 +68,7 @@ class Optimizer:
   restart_start: float = 0.0
   frobenius_decay: float = 0.0
   projected_backward: bool = False
+  sketched_refresh: bool = False
   kernels: bool = False
   stochastic_rounding: bool = False
   options: Mapping[str, Scalar] = dataclasses.field(
@@ -86,6 +90,8 @@ class Optimizer:
     for name in ('kernels', 'stochastic_rounding'):
       if self.weights == 'int8' and getattr(self, name):
         raise ValueError(f"{name} is for weights='float', got weights='int8'")
+    if self.sketched_refresh and not self.projected_backward:
+      raise ValueError('sketched_refresh goes with projected_backward=True')
     if self.projected_backward and self.clip:
       raise ValueError(
         f'projected_backward needs clip=0, got clip={self.clip}: the norm of a gradient of'

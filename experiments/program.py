@@ -125,6 +125,13 @@ def _check_projected(c: Computation, abstract: Any) -> None:
       f' full, or projects nothing of kernel {kernel.name}'
     )
   tokens = jax.ShapeDtypeStruct((data.batch_size, data.seq_len + 1), 'int32')
+  if o.sketched_refresh:
+    try:
+      jax.eval_shape(
+        lrjax.sketched_refresh(lambda *_: 0.0, c.tx), c.params, abstract['opt']
+      )
+    except TypeError as e:
+      raise ConfigError(f'optimizer.sketched_refresh: {e}') from e
   try:
     jax.eval_shape(c.projected_step, abstract, tokens)
   except TypeError as e:

@@ -117,6 +117,7 @@ from lrjax.s4d import s4d_convolve, s4d_init, s4d_kernel, s4d_labels, s4d_scan, 
 from lrjax.sampling import sampled_layers
 from lrjax.schedules import with_restarts
 from lrjax.sharding import state_specs
+from lrjax.sketching import sketched_refresh
 from lrjax.transports import (
   keep,
   projection_aware,
@@ -280,6 +281,7 @@ __all__ = [
   'scale_by_vector_adam',
   'scale_full',
   'self_guided',
+  'sketched_refresh',
   'sltrain',
   'snnk',
   'solve_last_layer',

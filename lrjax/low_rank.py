@@ -92,12 +92,15 @@ def low_rank(
     key: jax.Array, g: jax.Array, s: LowRankState
   ) -> tuple[LowRankState, jax.Array]:
     g = residual.before(g, s.residual)
-    b = basis.fit(key, unit_scale(g), s.basis)
+    return settle(basis.fit(key, unit_scale(g), s.basis), s, g)
+
+  def settle(b: Any, s: LowRankState, g: Any) -> tuple[LowRankState, jax.Array]:
+    d = g.shape[0]
     good = all_of(jnp.isfinite(x) for x in jax.tree.leaves(b))
-    old, new = (matrix(x, len(g)) if matrix else None for x in (s.basis, b))
+    old, new = (matrix(x, d) if matrix else None for x in (s.basis, b))
     change = NO_CHANGE
     if basis.change is not None:
-      change = basis.change(s.basis, b, len(g))
+      change = basis.change(s.basis, b, d)
     elif old is not None and new is not None:
       change = dense_change(old, new)
     change = change._replace(start=lambda: start(b, g))
@@ -131,6 +134,20 @@ def low_rank(
       up=lambda u, s, d: basis.up(s.basis, u, d),
     )
 
+  sketch = None
+  if steps is not None and basis.sketch is not None:
+    parts = basis.sketch
+
+    def finish(y: jax.Array, s: LowRankState, d: int, k: int) -> tuple:
+      like = jax.ShapeDtypeStruct((d, k), y.dtype)
+      return settle(parts.finish(unit_scale(y), s.basis), s, like)
+
+    sketch = parts._replace(
+      start=lambda key, s, d, k: parts.start(key, s.basis, d, k),
+      between=lambda y: parts.between(unit_scale(y)),
+      finish=finish,
+    )
+
   return MatrixTransform(
     init,
     update,
@@ -140,6 +157,7 @@ def low_rank(
     subspace=None if matrix is None else lambda s, d: matrix(s.basis, d),
     holds=True,
     steps=steps,
+    sketch=sketch,
   )
 
 

@@ -56,7 +56,8 @@ def on_matrices(
 
   Each leaf is seen as a stack of matrices (d, k), compressed side first, and the rule
   runs on each of them with its own state. A step on which a gradient is not finite, or
-  has a norm above 1e15, changes nothing but `skipped`. A refresh that is due while a
+  has a norm above 1e15, changes nothing but `skipped`; where a step reads nothing of it but
+  a projection, that is what has to be finite. A refresh that is due while a
   gradient is zero, or that fails, is made up for at the next good step.
 
   Args:

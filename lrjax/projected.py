@@ -11,6 +11,7 @@ from lrjax.checks import closest
 from lrjax.matrices import MatricesState, nodes
 from lrjax.probes import Probed
 from lrjax.recording import noted
+from lrjax.stacks import Slot
 from lrjax.types import MatrixTransform, Projected
 from lrjax.views import LeafPlan, leaf_path
 
@@ -84,37 +85,16 @@ def projected_value_and_grad(
     raise ValueError(f'unknown `keep` {keep!r}; {closest(str(keep), KEEP)}')
 
   def run(params: Any, opt_state: Any, *args: Any) -> tuple[Any, Any]:
-    leaves, treedef = jax.tree.flatten_with_path(params)
     bases = _bases(tx, params, opt_state)
-    paths = [leaf_path(path) for path, _ in leaves]
-    arrays = [x for _, x in leaves]
+    value, found = thin_gradients(loss, params, bases, args, keep=keep, has_aux=has_aux)
 
-    def probe(path: str, x: jax.Array) -> jax.Array:
-      if path not in bases:
-        return x
-      plan, p = bases[path]
-      shape = (*plan.stack, p.shape[-1], plan.matrix[1])
-      return jnp.zeros(shape, jnp.promote_types(x.dtype, jnp.float32))
+    def gradient(path: Any, x: jax.Array) -> Any:
+      name = leaf_path(path)
+      if name not in bases:
+        return found[name]
+      return Projected(found[name], x.shape, x.dtype, bases[name][1])
 
-    def insert(path: str, x: jax.Array, q: jax.Array) -> Any:
-      if path not in bases:
-        return q
-      plan, p = bases[path]
-      return Probed(x, p, q, plan.side or '', keep)
-
-    def probed(trained: list) -> Any:
-      put = [insert(*each) for each in zip(paths, arrays, trained)]
-      return loss(treedef.unflatten(put), *args)
-
-    def gradient(path: str, x: jax.Array, g: jax.Array) -> Any:
-      if path not in bases:
-        return g
-      return Projected(g, x.shape, x.dtype, bases[path][0].side or '')
-
-    trained = [probe(*each) for each in zip(paths, arrays)]
-    value, grads = jax.value_and_grad(probed, has_aux=has_aux)(trained)
-    grads = [gradient(*each) for each in zip(paths, arrays, grads)]
-    return value, treedef.unflatten(grads)
+    return value, jax.tree.map_with_path(gradient, params)
 
   return run
 
@@ -136,7 +116,7 @@ def projectable(tx: optax.GradientTransformation, params: Any) -> tuple[str, ...
   >>> projectable(lrjax.fira(1e-2, rank=2), params)
   ()
   """
-  return (*_enough(tx, params),)
+  return (*enough(tx, params),)
 
 
 def wants_gradient(opt_state: Any) -> jax.Array:
@@ -160,24 +140,77 @@ def wants_gradient(opt_state: Any) -> jax.Array:
   return jnp.any(jnp.array([False, *flags]))
 
 
-def _bases(tx: Any, params: Any, opt_state: Any) -> dict[str, tuple]:
-  """Path -> plan and P (*stack, d, r) of the leaves whose projection is enough."""
-  slots = {k: v for m in nodes(opt_state, MatricesState) for k, v in m.slots.items()}
+def thin_gradients(
+  loss: Callable,
+  params: Any,
+  bases: dict[str, tuple[jax.Array, str]],
+  args: tuple,
+  *,
+  keep: str = 'input',
+  has_aux: bool = False,
+  others: bool = True,
+) -> tuple[Any, dict[str, jax.Array]]:
+  """The value of a loss and its gradients by path, some of them projected only.
+
+  Args:
+    loss: `(params, *args) -> value`, or `(value, aux)`.
+    params: its parameters.
+    bases: path -> P (*stack, d, r) and the side of the kernel that it compresses.
+    args: the rest of its arguments.
+    keep: see `projected_value_and_grad`.
+    has_aux: see `jax.value_and_grad`.
+    others: whether to differentiate the leaves that have no basis.
+
+  Returns:
+    What `loss` returns, and path -> P'G (*stack, r, k) or G.
+  """
+  leaves, treedef = jax.tree.flatten_with_path(params)
+  arrays = {leaf_path(path): x for path, x in leaves}
+
+  def start(name: str, x: jax.Array) -> jax.Array:
+    if name not in bases:
+      return x
+    p, side = bases[name]
+    other = x.shape[-1 if side == 'in' else -2]
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.zeros((*x.shape[:-2], p.shape[-1], other), wide)
+
+  def value(trained: dict) -> Any:
+    def put(name: str, x: jax.Array) -> Any:
+      if name not in bases:
+        return trained.get(name, x)
+      p, side = bases[name]
+      return Probed(x, p, trained[name], side, keep)
+
+    return loss(treedef.unflatten([put(*each) for each in arrays.items()]), *args)
+
+  trained = {n: start(n, x) for n, x in arrays.items() if others or n in bases}
+  return jax.value_and_grad(value, has_aux=has_aux)(trained)
+
+
+def _bases(tx: Any, params: Any, opt_state: Any) -> dict[str, tuple[jax.Array, str]]:
+  """Path -> P (*stack, d, r) and side of the leaves whose projection is enough."""
+  slots = slots_of(opt_state)
   found = {}
-  for path, (plan, rule) in _enough(tx, params).items():
+  for path, (plan, rule) in enough(tx, params).items():
     subspace: Any = rule.subspace
     matrix: Callable = lambda s, f=subspace, d=plan.matrix[0]: f(s, d)
     for _ in plan.stack:
       matrix = jax.vmap(matrix)
-    found[path] = plan, matrix(slots[path].state)
+    found[path] = matrix(slots[path].state), plan.side or ''
   return found
 
 
-def _enough(tx: Any, params: Any) -> dict[str, tuple[LeafPlan, MatrixTransform]]:
+def slots_of(opt_state: Any) -> dict[str, Slot]:
+  """The state of all projected leaves, by path."""
+  return {k: v for m in nodes(opt_state, MatricesState) for k, v in m.slots.items()}
+
+
+def enough(tx: Any, params: Any) -> dict[str, tuple[LeafPlan, MatrixTransform]]:
   """The leaves where P'G is enough, and is found in a product with the last two axes."""
   shapes = {leaf_path(p): x.shape for p, x in jax.tree.leaves_with_path(params)}
 
-  def enough(plan: LeafPlan, rule: MatrixTransform) -> bool:
+  def is_enough(plan: LeafPlan, rule: MatrixTransform) -> bool:
     n = len(plan.shape)
     in_order = plan.axes == (tuple(range(n - 2)), (n - 2,), (n - 1,))
     # Where only some layers train, the leaf that a method sees is another one.
@@ -185,4 +218,4 @@ def _enough(tx: Any, params: Any) -> dict[str, tuple[LeafPlan, MatrixTransform]]
     return in_order and whole and rule.steps is not None
 
   seen, _ = noted(tx, params)
-  return {path: found for path, found in seen.rules.items() if enough(*found)}
+  return {path: found for path, found in seen.rules.items() if is_enough(*found)}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lrjax.stacks import Slot, Stack, any_of, over, stream, wide
-from lrjax.views import to_matrix
+from lrjax.views import LeafPlan, to_matrix
 
 
 def due(stacks: list[Stack], step: jax.Array) -> list[jax.Array]:
@@ -22,8 +22,9 @@ def due(stacks: list[Stack], step: jax.Array) -> list[jax.Array]:
       return jnp.zeros(s.plan.stack, bool)
     asks: Any = s.rule.due
     scheduled = s.over_stack(lambda state, phase: asks(state, step, phase))
-    # The second: left over from before.
-    return scheduled(s.slot.state, next(shifts)) | (s.slot.overdue > 0)
+    now = scheduled(s.slot.state, next(shifts))
+    # Left over from before, or done ahead of the step.
+    return (now | (s.slot.overdue > 0)) & (s.slot.overdue >= 0)
 
   return [one(s) for s in stacks]
 
@@ -73,11 +74,14 @@ def refresh(
 
 def _refresh_leaf(s: Stack, run: jax.Array, step: jax.Array, seed: int) -> tuple:
   """(state, done (*stack)) after refreshing those matrices of one leaf that are due."""
-  keys = jax.random.split(
-    jax.random.fold_in(stream(seed, s.plan.path), step), s.plan.stack
-  )
+  keys = keys_of(s.plan, step, seed)
   each = _refresh_together if s.rule.batched or not s.plan.stack else _refresh_in_turn
   return each(s, run, keys)
+
+
+def keys_of(plan: LeafPlan, step: jax.Array, seed: int) -> jax.Array:
+  """A random key (*stack) for each matrix of a leaf."""
+  return jax.random.split(jax.random.fold_in(stream(seed, plan.path), step), plan.stack)
 
 
 def _refresh_together(s: Stack, run: jax.Array, keys: jax.Array) -> tuple:

@@ -22,7 +22,8 @@ class Slot(NamedTuple):
 
   Attributes:
     overdue: int32, how often in a row the refresh that is due has failed; at least 1
-      while it waits for a usable gradient, 0 when it is done.
+      while it waits for a usable gradient, 0 when it is done; -1 where it was done ahead of
+      a step (`lrjax.sketched_refresh`), until that step.
     state: the rule's own state.
   """
 
@@ -139,7 +140,7 @@ def project(stacks: list[Stack]) -> list[Stack]:
     down, state = s.rule.steps.down, s.slot.state
     low = wide(s.leaf.low) if s.projected else s.over_stack(down)(s.g, state)
     low = divide_low(low, s.slot, s.rule, s.plan)
-    # P has no row that is zero for good: what is not finite in G is not finite here.
+    # A product with P spreads what is not finite; rows that are not chosen are not read.
     return s._replace(low=low, ok=s.ok & (squares(low, (-2, -1)) < LARGEST**2))
 
   return [one(s) for s in stacks]

@@ -96,6 +96,9 @@ class MatrixTransform(NamedTuple):
       as it is where that is false. Of the others both states are computed and one chosen.
     steps: what `update` consists of, where it needs nothing of g but :math:`P^\\top g` and
       is :math:`P u`; None where it needs more.
+    sketch: what `refresh` consists of, where it needs products with g alone: a `Sketch`
+      whose b is the state, and whose `finish` is `(product, state, d, k) -> (state,
+      bool[])`.
   """
 
   init: Callable
@@ -106,6 +109,7 @@ class MatrixTransform(NamedTuple):
   subspace: Callable | None = None
   holds: bool = False
   steps: 'Steps | None' = None
+  sketch: 'Sketch | None' = None
 
 
 class Steps(NamedTuple):
@@ -121,6 +125,23 @@ class Steps(NamedTuple):
   down: Callable
   move: Callable
   up: Callable
+
+
+class Sketch(NamedTuple):
+  """A fit that asks nothing of g (d, k) but products with thin matrices.
+
+  Attributes:
+    start: `(key, b, d, k) -> x`, the first of them.
+    products: what is multiplied, in turn: 'down' :math:`g^\\top x` (k, l), x (d, l), or
+      'up' :math:`g x` (d, l), x (k, l).
+    between: `product -> x` of the next one.
+    finish: `(product, b) -> b`, from the last one; not finite where it failed.
+  """
+
+  start: Callable
+  products: tuple[str, ...]
+  between: Callable
+  finish: Callable
 
 
 class Change(NamedTuple):
@@ -151,6 +172,7 @@ class Basis(NamedTuple):
     change: `(b_old, b_new, d) -> Change`; None: products with the two P.
     orthonormal: whether `up(down(g))` is a projection, up to rounding.
     per_column: whether column j of `down(g)` comes from column j of g alone.
+    sketch: what `fit` consists of, where it needs products with g alone.
   """
 
   init: Callable
@@ -161,6 +183,7 @@ class Basis(NamedTuple):
   change: Callable | None = None
   orthonormal: bool = True
   per_column: bool = True
+  sketch: Sketch | None = None
 
 
 class Refresh(NamedTuple):

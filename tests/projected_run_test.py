@@ -32,6 +32,16 @@ def test_it_trains_like_full_gradients(weights, tmp_path):
   assert lower == [t % 5 != 0 for t in range(12)], 'in full at refreshes alone'
 
 
+@pytest.mark.slow
+def test_sketched_refreshes_train_like_those_of_full_gradients(tmp_path):
+  sketched = optimizer(**runner.GALORE, basis='subspace_iteration')
+  sketched = replace(sketched, sketched_refresh=True)
+  full = replace(sketched, sketched_refresh=False)
+  _, ours = run(runner.tiny(name='ours', optimizer=sketched), tmp_path)
+  _, theirs = run(runner.tiny(name='theirs', optimizer=full), tmp_path)
+  np.testing.assert_allclose(losses(ours), losses(theirs), rtol=1e-5)
+
+
 def test_low_rank_kernels_take_probes_too():
   kernel = Kernel('factorized', {'rank': 8})
   assert program.build(runner.tiny(optimizer=optimizer(), kernel=kernel)).projected_step
@@ -42,6 +52,11 @@ def test_what_cannot_be_projected_is_refused():
     ValueError, match=r'projected_backward needs clip=0, got clip=1.0'
   ):
     Optimizer('galore', 1e-2, projected_backward=True)
+  with pytest.raises(ValueError, match='goes with projected_backward=True'):
+    Optimizer('galore', 1e-2, sketched_refresh=True)
+  exact = replace(optimizer(), sketched_refresh=True)
+  with pytest.raises(errors.ConfigError, match=r'sketched_refresh: leaf .* in full'):
+    program.build(runner.tiny(optimizer=exact))
   fira = optimizer('fira', rank=4)
   with pytest.raises(
     errors.ConfigError, match='fira with these options needs all gradients'

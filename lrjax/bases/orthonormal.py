@@ -9,7 +9,7 @@ import numpy as np
 
 from lrjax.bases.qr import balanced, cholesky_qr, is_orthonormal, mm
 from lrjax.checks import positive_int
-from lrjax.types import Basis
+from lrjax.types import Basis, Sketch
 
 # Largest |P'P - I| of a factorisation that is believed; healthy ones stay below 1e-5.
 DEFECT = 1e-3
@@ -97,14 +97,13 @@ def randomized_svd(
     A `Basis` whose state is P (d, r).
   """
 
-  def fit(key: jax.Array, g: jax.Array, r: int, p: jax.Array) -> jax.Array:
-    l = min(r + oversample, *g.shape)
-    y = mm(g, jax.random.normal(key, (g.shape[1], l), g.dtype))
-    for _ in range(power_steps):
-      y = _power(g, balanced(y))
-    return orth(_ordered(y, r))
+  def start(key: jax.Array, p: jax.Array, d: int, k: int) -> jax.Array:
+    l = min(p.shape[1] + oversample, d, k)
+    return jax.random.normal(key, (k, l), p.dtype)
 
-  return orthonormal(rank, fit, signs=signs)
+  products = ('up', *('down', 'up') * power_steps)
+  finish = lambda y, p: orth(_ordered(y, p.shape[1]))
+  return by_products(rank, Sketch(start, products, balanced, finish), signs=signs)
 
 
 def subspace_iteration(
@@ -130,12 +129,29 @@ def subspace_iteration(
     A `Basis` whose state is P (d, r).
   """
 
-  def fit(key: Any, g: jax.Array, r: int, p: jax.Array) -> jax.Array:
-    for _ in range(steps - 1):
-      p = balanced(_power(g, p))
-    return orth(_ordered(_power(g, p), r))
+  sketch = Sketch(
+    start=lambda key, p, d, k: p,
+    products=('down', 'up') * steps,
+    between=balanced,
+    finish=lambda y, p: orth(_ordered(y, p.shape[1])),
+  )
+  return by_products(rank, sketch, signs=signs, init=signed_cosines)
 
-  return orthonormal(rank, fit, signs=signs, init=signed_cosines)
+
+def by_products(
+  rank: int, sketch: Sketch, *, signs: bool = True, init: Callable | None = None
+) -> Basis:
+  """A `Basis` with P (d, r) as its state, found by products with g alone."""
+
+  def fit(key: Any, g: jax.Array, r: int, p: jax.Array) -> jax.Array:
+    x = sketch.start(key, p, *g.shape)
+    for i, product in enumerate(sketch.products):
+      x = mm(g.T if product == 'down' else g, sketch.between(x) if i else x)
+    return sketch.finish(x, p)
+
+  finish = lambda y, p: checked(sketch.finish(y, p), signs)
+  basis = orthonormal(rank, fit, signs=signs, init=init)
+  return basis._replace(sketch=sketch._replace(finish=finish))
 
 
 def orthonormal(
@@ -160,12 +176,15 @@ def orthonormal(
     return jnp.eye(d, r, dtype=dtype) if init is None else init(d, r, dtype)
 
   def refit(key: Any, g: jax.Array, p: jax.Array) -> jax.Array:
-    new = fit(key, g, p.shape[1], p)
-    good = is_orthonormal(new, DEFECT)
-    new = fix_signs(new) if signs else new
-    return jnp.where(good, new, jnp.nan)
+    return checked(fit(key, g, p.shape[1], p), signs)
 
   return Basis(start, refit, down, up, lambda p, d: p)
+
+
+def checked(p: jax.Array, signs: bool) -> jax.Array:
+  """P, with `fix_signs` or not; NaN where its columns are not orthonormal."""
+  good = is_orthonormal(p, DEFECT)
+  return jnp.where(good, fix_signs(p) if signs else p, jnp.nan)
 
 
 def down(p: jax.Array, g: jax.Array) -> jax.Array:
@@ -203,11 +222,6 @@ def signed_cosines(d: int, r: int, dtype: Any) -> jax.Array:
   """r orthonormal columns (d, r) without structure a gradient could hide from."""
   flips = np.random.default_rng(d).choice([-1.0, 1.0], size=(d, 1))
   return jnp.asarray(flips, dtype) * cosines(d, r, dtype)
-
-
-def _power(g: jax.Array, p: jax.Array) -> jax.Array:
-  """G Q, where Q has the span of G^T P."""
-  return mm(g, balanced(mm(g.T, p)))
 
 
 def _ordered(y: jax.Array, r: int) -> jax.Array:

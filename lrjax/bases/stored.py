@@ -25,7 +25,12 @@ def stored_as(basis: Basis, codec: Codec) -> Basis:
   dtype(bfloat16)
   """
   decode, encode = codec.decode, codec.encode
-  matrix, change = basis.matrix, basis.change
+  matrix, change, sketch = basis.matrix, basis.change, basis.sketch
+  if sketch is not None:
+    sketch = sketch._replace(
+      start=lambda key, b, d, k: basis.sketch.start(key, decode(b), d, k),
+      finish=lambda y, b: encode(basis.sketch.finish(y, decode(b))),
+    )
 
   def init(d: int, k: int, dtype: Any) -> Any:
     b = basis.init(d, k, dtype)
@@ -46,4 +51,5 @@ def stored_as(basis: Basis, codec: Codec) -> Basis:
     change=None if change is None else lambda a, b, d: change(decode(a), decode(b), d),
     orthonormal=basis.orthonormal,
     per_column=basis.per_column,
+    sketch=sketch,
   )
