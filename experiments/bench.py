@@ -90,6 +90,9 @@ def optimizers(rank: int, names: Sequence[str] = ()) -> dict[str, Method]:
     'lrjax.galore, stacked': Method(ours(), stacked=True),
     'lrjax.galore, randomized': Method(ours(basis='randomized_svd')),
     'lrjax.galore, subspace': Method(ours(basis='subspace_iteration')),
+    'lrjax.galore, subspace, of projected gradients': Method(
+      ours(basis='subspace_iteration'), projected=True
+    ),
   }
 
 
@@ -98,10 +101,12 @@ def trainings(rank: int, names: Sequence[str] = ()) -> dict[str, Method]:
   if names:
     return optimizers(rank, names)
   ours = lrjax.galore(1e-2, rank)
+  thin = lrjax.galore(1e-2, rank, basis='subspace_iteration')
   return {
     'optax.adamw': Method(optax.adamw(1e-3)),
     'lrjax.galore': Method(ours),
     'lrjax.galore, projected backward': Method(ours, projected=True),
+    'lrjax.galore, sketched refresh': Method(thin, projected=True, sketched=True),
   }
 
 

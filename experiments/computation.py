@@ -77,17 +77,18 @@ class Computation:
 
   def step(self, state: Any, tokens: jax.Array) -> tuple[Any, dict[str, Any]]:
     """One training step: `(state, tokens) -> (state, metrics)`."""
-    if self.experiment.optimizer.sketched_refresh:
-      refresh = lrjax.sketched_refresh(self.loss, self.tx, seed=self.experiment.seed)
-      params = self.storage.decode(state['params'])
-      opt = refresh(params, state['opt'], state['fixed'], tokens)
-      return self.projected_step(state | dict(opt=opt), tokens)
     full = lambda params, opt, *rest: jax.value_and_grad(self.loss)(params, *rest)
     return self._step(full, state, tokens)
 
   def projected_step(self, state: Any, tokens: jax.Array) -> tuple[Any, dict[str, Any]]:
     """The same where no basis is to be found: gradients are projected as they arise."""
     return self._step(lrjax.projected_value_and_grad(self.loss, self.tx), state, tokens)
+
+  def refresh(self, state: Any, tokens: jax.Array) -> Any:
+    """The state with bases found for these tokens, ahead of a projected step on them."""
+    find = lrjax.sketched_refresh(self.loss, self.tx, seed=self.experiment.seed)
+    params = self.storage.decode(state['params'])
+    return state | dict(opt=find(params, state['opt'], state['fixed'], tokens))
 
   def run_events(
     self, names: frozenset[str], state: Any, k: jax.Array

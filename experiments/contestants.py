@@ -16,6 +16,9 @@ from lrjax.models.llama import Llama, next_token_loss
 from lrjax.models.llama_config import LlamaConfig
 from lrjax.models.llama_params import unstack_layers
 from lrjax.modules.nnx import split
+from lrjax.projected import bases_of, enough
+from lrjax.types import Projected
+from lrjax.views import leaf_path
 
 STEADY = 3
 
@@ -27,11 +30,13 @@ class Method(NamedTuple):
     tx: the transformation.
     stacked: whether it gets the layers stacked; whole steps always do.
     projected: whether gradients are projected in the backward pass between refreshes.
+    sketched: whether refreshes form none either.
   """
 
   tx: optax.GradientTransformation
   stacked: bool = False
   projected: bool = False
+  sketched: bool = False
 
 
 class Contestant(Protocol):
@@ -71,21 +76,22 @@ class _Timed:
       x.size * x.dtype.itemsize for x in jax.tree.leaves(self.state)
     )
 
-  def compiled(self, step: Callable) -> tuple[Callable, int | None]:
-    """A step that donates, and the bytes of its temporaries."""
-    start = time.perf_counter()
+  def compiled(self, step: Callable, *args: Any) -> tuple[Callable, int | None]:
+    """A step that donates, on `args` or those of all steps; bytes of its temporaries."""
+    start, args = time.perf_counter(), args or self.args
     lowered = jax.jit(step, donate_argnums=(0, 1))
-    program = lowered.lower(self.params, self.state, *self.args).compile()
+    program = lowered.lower(self.params, self.state, *args).compile()
     self.compile_seconds += time.perf_counter() - start
     memory = program.memory_analysis()
-    return program, None if memory is None else memory.temp_size_in_bytes
+    run = lambda params, state: program(params, state, *args)
+    return run, None if memory is None else memory.temp_size_in_bytes
 
   def run(self, first: Callable, later: Callable) -> None:
     state = jax.block_until_ready(self.init(self.params))
     for i in range(1 + STEADY):
       start = time.perf_counter()
       step = later if i else first
-      self.params, state, *_ = step(self.params, state, *self.args)
+      self.params, state, *_ = step(self.params, state)
       jax.block_until_ready((self.params, state))
       (self.steady if i else self.refresh).append(time.perf_counter() - start)
 
@@ -101,11 +107,31 @@ class OptimizerStep(_Timed):
       updates, state = method.tx.update(grads, state, params)
       return optax.apply_updates(params, updates), state
 
-    self.step, self.temporary_bytes = self.compiled(step)
-    self.refresh_temporary_bytes = self.temporary_bytes
+    self.first, self.refresh_temporary_bytes = self.compiled(step)
+    self.later, self.temporary_bytes = self.first, self.refresh_temporary_bytes
+    if method.projected:
+      low = _projected(method.tx, grads)
+      self.later, self.temporary_bytes = self.compiled(step, low)
 
   def round(self) -> None:
-    self.run(self.step, self.step)
+    self.run(self.first, self.later)
+
+
+def _projected(tx: optax.GradientTransformation, grads: Any) -> Any:
+  """What the backward pass leaves of gradients, with other numbers in it."""
+  rules = enough(tx, grads)
+  thin = lambda p: {n: x for n, (x, _) in bases_of(tx, p, tx.init(p)).items()}
+  shapes = jax.eval_shape(thin, grads)
+
+  def one(path: Any, g: jax.Array) -> Any:
+    name = leaf_path(path)
+    if name not in rules:
+      return g
+    side = rules[name][0].side or ''
+    rows = g if side == 'in' else jnp.swapaxes(g, -1, -2)
+    return Projected(rows[..., : shapes[name].shape[-1], :], g.shape, g.dtype, side)
+
+  return jax.tree.map_with_path(one, grads)
 
 
 class TrainingStep(_Timed):
@@ -131,11 +157,20 @@ class TrainingStep(_Timed):
       return step
 
     full = lambda params, state, tokens: jax.value_and_grad(loss)(params, tokens)
-    self.first, self.refresh_temporary_bytes = self.compiled(training(full))
+    projected = lrjax.projected_value_and_grad(loss, method.tx)
+    sketch = lrjax.sketched_refresh(loss, method.tx)
+
+    first = training(full)
+    if method.sketched:
+      first = lambda params, state, tokens: (params, sketch(params, state, tokens))
+    self.first, self.refresh_temporary_bytes = self.compiled(first)
     self.later, self.temporary_bytes = self.first, self.refresh_temporary_bytes
     if method.projected:
-      projected = lrjax.projected_value_and_grad(loss, method.tx)
       self.later, self.temporary_bytes = self.compiled(training(projected))
+    if method.sketched:
+      refresh, both = self.first, (self.temporary_bytes, self.refresh_temporary_bytes)
+      self.first = lambda params, state: self.later(*refresh(params, state))
+      self.refresh_temporary_bytes = None if None in both else max(both)
 
   def round(self) -> None:
     self.run(self.first, self.later)
@@ -158,7 +193,7 @@ class TorchStep:
       # torch's weights are (out, in).
       p = torch.nn.Parameter(torch.zeros(g.T.shape))
       p.grad = torch.from_numpy(np.array(g.T, np.float32))
-      hidden = lrjax.hidden_kernels(lrjax.views.leaf_path(path), g)
+      hidden = lrjax.hidden_kernels(leaf_path(path), g)
       (matrices if hidden else plain).append(p)
     self.make = lambda: _torch_optimizer(name, rank, plain, matrices)
     self.optimizer = self.make()

@@ -138,13 +138,7 @@ class _Loop:
   def run(self) -> None:
     """Steps, logs, evaluates and saves until the end, or until asked to leave."""
     e = self.experiment
-    step_fn, compile_seconds = self._compile(self.program.step)
-    projected_fn = None
-    if self.program.projected_step is not None:
-      projected_fn, more = self._compile(self.program.projected_step)
-      compile_seconds += more
-    memory = step_fn.memory_analysis()
-    self.temporary_bytes = None if memory is None else memory.temp_size_in_bytes
+    compile_seconds = self._compile_all()
     batches = iterator_at(train_batches(self.corpus, e.seed), self.position)
     if self._evaluation_is_missing():
       self._evaluate(self.start)
@@ -152,10 +146,7 @@ class _Loop:
     pending = None
     for step in range(self.start + 1, e.steps + 1):
       tokens = place(next(batches), self.program)['tokens']
-      take = step_fn
-      if projected_fn is not None and not wants_gradient(self.state['opt']):
-        take = projected_fn
-      self.state, metrics = take(self.state, tokens)
+      self.state, metrics = self._take(tokens)
       # One step behind, so that the device has work while the host logs.
       if pending is not None:
         self._log(*pending)
@@ -194,6 +185,31 @@ class _Loop:
       raise Interrupted(
         f'{e.name}: interrupted; step {step} of {e.steps} is saved, go on with --resume'
       )
+
+  def _take(self, tokens: Any) -> tuple[Any, Any]:
+    """One training step, in full where a basis is to be found."""
+    if self.projected is None or wants_gradient(self.state['opt']):
+      if self.refresh is None:
+        return self.full(self.state, tokens)
+      self.state = self.refresh(self.state, tokens)
+    return self.projected(self.state, tokens)
+
+  def _compile_all(self) -> float:
+    """Compiles what `_take` needs; returns the seconds it took."""
+    p, seconds = self.program, 0.0
+    steps = dict(full=None if p.refresh else p.step)
+    steps |= dict(projected=p.projected_step, refresh=p.refresh)
+    found, sizes = {}, []
+    for name, step in steps.items():
+      found[name] = None
+      if step is not None:
+        found[name], more = self._compile(step)
+        seconds += more
+        memory = found[name].memory_analysis()
+        sizes.append(None if memory is None else memory.temp_size_in_bytes)
+    self.full, self.projected, self.refresh = found.values()
+    self.temporary_bytes = None if None in sizes else max(sizes)
+    return seconds
 
   def _compile(self, step: Any) -> tuple[Any, float]:
     """A compiled training step, and the seconds it took."""

@@ -28,6 +28,8 @@ class Program(NamedTuple):
     step: jitted `(state, tokens) -> (state, metrics)`; donates the state.
     projected_step: the same for steps at which `lrjax.wants_gradient` is false; None if
       the config does not ask for it.
+    refresh: jitted `(state, tokens) -> state`, ahead of projected steps at all others, in
+      the place of `step`; None if the config does not ask for it.
     evaluate: jitted `(params, fixed, tokens, mask) -> (nats, count)`.
     gradients: jitted `(params, fixed, tokens) -> gradients`, to look into failures.
     tx: the optimizer.
@@ -43,6 +45,7 @@ class Program(NamedTuple):
   start: Callable[[Any], Any]
   step: Any
   projected_step: Any
+  refresh: Any
   evaluate: Callable
   gradients: Callable
   tx: optax.GradientTransformation
@@ -99,6 +102,7 @@ def build(experiment: Experiment, mesh: Mesh | None = None) -> Program:
   if projected:
     _check_projected(c, abstract)
   weights = shardings['params'], shardings['fixed']
+  refresh = jit(c.refresh, shardings, batch, out=shardings, donate=(0,))
   return Program(
     mesh=mesh,
     batch_sharding=batch,
@@ -108,6 +112,7 @@ def build(experiment: Experiment, mesh: Mesh | None = None) -> Program:
     start=jax.jit(c.start, out_shardings=shardings),
     step=step(c.step, shardings, batch),
     projected_step=step(c.projected_step, shardings, batch) if projected else None,
+    refresh=refresh if experiment.optimizer.sketched_refresh else None,
     evaluate=jit(c.evaluate, *weights, batch, batch, out=everywhere),
     gradients=jit(c.gradients, *weights, batch, out=None),
     tx=c.tx,

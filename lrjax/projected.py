@@ -85,7 +85,7 @@ def projected_value_and_grad(
     raise ValueError(f'unknown `keep` {keep!r}; {closest(str(keep), KEEP)}')
 
   def run(params: Any, opt_state: Any, *args: Any) -> tuple[Any, Any]:
-    bases = _bases(tx, params, opt_state)
+    bases = bases_of(tx, params, opt_state)
     value, found = thin_gradients(loss, params, bases, args, keep=keep, has_aux=has_aux)
 
     def gradient(path: Any, x: jax.Array) -> Any:
@@ -188,7 +188,7 @@ def thin_gradients(
   return jax.value_and_grad(value, has_aux=has_aux)(trained)
 
 
-def _bases(tx: Any, params: Any, opt_state: Any) -> dict[str, tuple[jax.Array, str]]:
+def bases_of(tx: Any, params: Any, opt_state: Any) -> dict[str, tuple[jax.Array, str]]:
   """Path -> P (*stack, d, r) and side of the leaves whose projection is enough."""
   slots = slots_of(opt_state)
   found = {}

@@ -173,6 +173,8 @@ def test_bench_times_whole_training_steps(tmp_path, capsys):
   full, projected = (
     result['found'][f'lrjax.galore{more}'] for more in ('', ', projected backward')
   )
+  sketched = result['found']['lrjax.galore, sketched refresh']
+  assert sketched['refresh_temporary_bytes'] < full['temporary_bytes']
   assert projected['temporary_bytes'] < full['temporary_bytes']
   assert projected['refresh_temporary_bytes'] == full['temporary_bytes']
   assert (tmp_path / 'bench' / 'bench.md').read_text() in capsys.readouterr().out

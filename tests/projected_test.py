@@ -87,7 +87,7 @@ def low_of(full, projected, bases):
 
 def bases_of(tx, params, state):
   """Path -> P, as the optimizer tells it."""
-  return {k: p for k, (p, _) in lrjax.projected._bases(tx, params, state).items()}
+  return {k: p for k, (p, _) in lrjax.projected.bases_of(tx, params, state).items()}
 
 
 @pytest.mark.parametrize('name', METHODS)
