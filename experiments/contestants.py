@@ -168,9 +168,11 @@ class TrainingStep(_Timed):
     if method.projected:
       self.later, self.temporary_bytes = self.compiled(training(projected))
     if method.sketched:
-      refresh, both = self.first, (self.temporary_bytes, self.refresh_temporary_bytes)
+      refresh = self.first
       self.first = lambda params, state: self.later(*refresh(params, state))
-      self.refresh_temporary_bytes = None if None in both else max(both)
+      if self.temporary_bytes is not None and self.refresh_temporary_bytes is not None:
+        more = max(self.temporary_bytes, self.refresh_temporary_bytes)
+        self.refresh_temporary_bytes = more
 
   def round(self) -> None:
     self.run(self.first, self.later)

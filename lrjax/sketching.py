@@ -13,7 +13,7 @@ from lrjax.projected import enough, thin_gradients
 from lrjax.recording import noted
 from lrjax.refreshing import due, keys_of
 from lrjax.stacks import LARGEST, Slot, Stack, any_of, over, select, squares
-from lrjax.types import MatrixTransform
+from lrjax.types import MatrixTransform, Sketch
 from lrjax.views import LeafPlan
 
 OTHER = {'in': 'out', 'out': 'in'}
@@ -93,7 +93,8 @@ def sketched_refresh(
       here = {n: rules[n] for n in m.slots}
       stacks = [Stack(rule, plan, None, m.slots[n]) for n, (plan, rule) in here.items()]
       flags = dict(zip(here, due(stacks, m.count)))
-      slots, good = _refreshed(here, m.slots, flags, low_of, m.count, seed)
+      sketches: Any = {n: (plan, rule.sketch) for n, (plan, rule) in here.items()}
+      slots, good = _refreshed(sketches, m.slots, flags, low_of, m.count, seed)
       left = any_of(flags[n] & ~good[n] for n in here)
       return m._replace(slots=slots, wants_gradient=left)
 
@@ -119,7 +120,7 @@ def _sketched(tx: Any, params: Any) -> dict[str, tuple[LeafPlan, MatrixTransform
 
 
 def _refreshed(
-  rules: dict[str, tuple[LeafPlan, MatrixTransform]],
+  sketches: dict[str, tuple[LeafPlan, Sketch]],
   slots: dict[str, Slot],
   flags: dict[str, jax.Array],
   low_of: Callable,
@@ -128,11 +129,11 @@ def _refreshed(
 ) -> tuple[dict[str, Slot], dict[str, jax.Array]]:
   """New slots, and which matrices (*stack) have a new basis."""
   xs, between, good = {}, {}, dict(flags)
-  for name, (plan, rule) in rules.items():
-    start = lambda key, s, rule=rule, plan=plan: rule.sketch.start(key, s, *plan.matrix)
+  for name, (plan, sketch) in sketches.items():
+    start = lambda key, s, f=sketch.start, plan=plan: f(key, s, *plan.matrix)
     xs[name] = over_stack(plan, start)(keys_of(plan, step, seed), slots[name].state)
-    between[name] = over_stack(plan, rule.sketch.between)
-  products = next(iter(rules.values()))[1].sketch.products if rules else ()
+    between[name] = over_stack(plan, sketch.between)
+  products = next((sketch.products for _, sketch in sketches.values()), ())
   for i, product in enumerate(products):
     if i:
       xs = {n: between[n](x) for n, x in xs.items()}
@@ -142,8 +143,8 @@ def _refreshed(
       good[name] &= (energy < LARGEST**2) & (energy > 0)
       xs[name] = jnp.where(over(good[name], 2), x, 0)
   new = {}
-  for name, (plan, rule) in rules.items():
-    finish = lambda y, s, rule=rule, plan=plan: rule.sketch.finish(y, s, *plan.matrix)
+  for name, (plan, sketch) in sketches.items():
+    finish = lambda y, s, f=sketch.finish, plan=plan: f(y, s, *plan.matrix)
     state, done = over_stack(plan, finish)(xs[name], slots[name].state)
     good[name] &= done
     state = select(good[name], state, slots[name].state)

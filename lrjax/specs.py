@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 
 def check_spec(
-  path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh
+  path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh | AbstractMesh
 ) -> None:
   """Raises ValueError where a spec does not fit a shape on a mesh."""
   if len(spec) > len(shape):

@@ -1,6 +1,7 @@
 """Every notebook: small cells with text before them, no outputs, and it runs."""
 
 import pathlib
+import re
 
 import nbclient
 import nbformat
@@ -38,6 +39,13 @@ def test_runs(path, monkeypatch):
   monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR')
   monkeypatch.setenv('PYTHONPATH', str(ROOT))
   notebook = read(path)
+  for cell in notebook.cells:  # a third of the steps that its reader takes
+    cell.source = re.sub(
+      r'^(STEPS\b.*?= )(\d+)',
+      lambda m: f'{m[1]}{int(m[2]) // 3}',
+      cell.source,
+      flags=re.M,
+    )
   nbclient.NotebookClient(
     notebook,
     timeout=300,

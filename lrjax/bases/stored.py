@@ -27,9 +27,10 @@ def stored_as(basis: Basis, codec: Codec) -> Basis:
   decode, encode = codec.decode, codec.encode
   matrix, change, sketch = basis.matrix, basis.change, basis.sketch
   if sketch is not None:
+    start, finish = sketch.start, sketch.finish
     sketch = sketch._replace(
-      start=lambda key, b, d, k: basis.sketch.start(key, decode(b), d, k),
-      finish=lambda y, b: encode(basis.sketch.finish(y, decode(b))),
+      start=lambda key, b, d, k: start(key, decode(b), d, k),
+      finish=lambda y, b: encode(finish(y, decode(b))),
     )
 
   def init(d: int, k: int, dtype: Any) -> Any:
