@@ -26,7 +26,7 @@ test: $(VENV)/dev
 
 bench: $(VENV)/experiments
 	$(python) -m experiments.bench --out runs/bench
-	$(python) -m experiments.bench --tokens 4096 --rounds 3 --out runs/bench_training
+	$(python) -m experiments.bench --size tiny --tokens 4096 --rounds 11 --out runs/bench_training
 
 lint: $(VENV)/dev
 	$(python) -m ruff check .
