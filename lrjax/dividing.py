@@ -97,8 +97,8 @@ def divided(
 def divide_low(x: jax.Array, slot: Any, rule: MatrixTransform, plan: LeafPlan) -> Any:
   """Each device's own columns of P'G (*stack, r, k), within `divided`."""
   low = low_specs(slot, rule, plan)
-  # First whole: a sum of all devices, then a part of it; left alone the partitioner may
-  # send gradients instead.
+  # First whole: a sum of all devices, then a part of it; left to itself the partitioner
+  # made arrays whole on the way.
   return x if low is None else _constrained(_constrained(x, low[0]), low[1])
 
 

@@ -84,10 +84,8 @@ def sketched_refresh(
 
     def low_of(xs: dict[str, jax.Array], product: str) -> dict[str, jax.Array]:
       compressed = lambda plan: plan.side if product == 'down' else OTHER[plan.side]
-      # One pass after the other: side by side they would keep all activations twice.
-      xs, now, rest = jax.lax.optimization_barrier((xs, params, args))
       bases = {n: (x, compressed(rules[n][0])) for n, x in xs.items()}
-      return thin_gradients(loss, now, bases, rest, has_aux=has_aux, others=False)[1]
+      return thin_gradients(loss, params, bases, args, has_aux=has_aux, others=False)[1]
 
     def one(m: MatricesState) -> MatricesState:
       here = {n: rules[n] for n in m.slots}
