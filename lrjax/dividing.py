@@ -121,7 +121,13 @@ def low_specs(
   is_coded = lambda x: hasattr(x, 'codes')
   coded = any(map(is_coded, jax.tree.leaves(slot, is_leaf=is_coded)))
   # Where only some layers train, a leaf has fewer axes than its parameter.
-  if spec is None or rule.steps is None or coded or len(spec) > len(plan.shape):
+  if (
+    spec is None
+    or rule.steps is None
+    or not rule.steps.thin
+    or coded
+    or len(spec) > len(plan.shape)
+  ):
     return None
   assert plan.axes is not None
   stack, ins, outs = plan.axes

@@ -10,8 +10,16 @@ import optax
 from lrjax import residuals, transports
 from lrjax.moments import held, late_correction
 from lrjax.refreshes import every
-from lrjax.stacks import all_of, select
-from lrjax.types import Basis, Change, MatrixTransform, Refresh, Residual, Steps
+from lrjax.stacks import all_of, formed, select, squares
+from lrjax.types import (
+  Basis,
+  Change,
+  MatrixTransform,
+  Parts,
+  Refresh,
+  Residual,
+  Steps,
+)
 
 # An (r, k) array on which parts are tried for fit before there is any data.
 PROBE = jax.ShapeDtypeStruct((2, 3), jnp.float32)
@@ -112,8 +120,9 @@ def low_rank(
 
   def update(g: jax.Array, s: LowRankState, ok: Any = True) -> tuple:
     if steps is not None:
-      u, s = steps.move(steps.down(g, s), s, ok)
-      return steps.up(u, s, len(g)), s
+      total = lambda c: squares(c * g)
+      parts, s = steps.move(steps.down(g, s), total, s, ok)
+      return formed(parts, g, lambda x: steps.up(x, s, len(g))), s
     g = residual.before(g, s.residual)
     low = basis.down(s.basis, g)
     u, inner_state = held(inner, low, s.inner, ok)
@@ -122,29 +131,38 @@ def low_rank(
     residual_state = select(jnp.asarray(ok), residual_state, s.residual)
     return out, s._replace(inner=inner_state, residual=residual_state)
 
-  def move(low: jax.Array, s: LowRankState, ok: Any) -> tuple:
+  def move(low: jax.Array, total: Any, s: LowRankState, ok: Any) -> tuple:
     u, inner_state = held(inner, low, s.inner, ok)
-    return jnp.where(ok, residual.scale * u, 0), s._replace(inner=inner_state)
+    if thin:
+      parts, residual_state = Parts(residual.scale * u), s.residual
+    else:
+      assert residual.parts is not None
+      parts, residual_state = residual.parts(total, low, u, s.residual)
+      residual_state = select(jnp.asarray(ok), residual_state, s.residual)
+    parts = jax.tree.map(lambda x: jnp.where(ok, x, 0), parts)
+    return parts, s._replace(inner=inner_state, residual=residual_state)
 
   steps = None
-  if residual.scale is not None and matrix is not None:
+  thin = residual.scale is not None and matrix is not None
+  if thin or (residual.parts is not None and (basis.orthonormal or residual.any_basis)):
     steps = Steps(
       down=lambda g, s: basis.down(s.basis, g),
       move=move,
-      up=lambda u, s, d: basis.up(s.basis, u, d),
+      up=lambda x, s, d: basis.up(s.basis, x, d),
+      thin=thin,
     )
 
   sketch = None
-  if steps is not None and basis.sketch is not None:
-    parts = basis.sketch
+  if thin and basis.sketch is not None:
+    fit = basis.sketch
 
     def finish(y: jax.Array, s: LowRankState, d: int, k: int) -> tuple:
       like = jax.ShapeDtypeStruct((d, k), y.dtype)
-      return settle(parts.finish(unit_scale(y), s.basis), s, like)
+      return settle(fit.finish(unit_scale(y), s.basis), s, like)
 
-    sketch = parts._replace(
-      start=lambda key, s, d, k: parts.start(key, s.basis, d, k),
-      between=lambda y: parts.between(unit_scale(y)),
+    sketch = fit._replace(
+      start=lambda key, s, d, k: fit.start(key, s.basis, d, k),
+      between=lambda y: fit.between(unit_scale(y)),
       finish=finish,
     )
 
@@ -176,11 +194,18 @@ def bias_corrected(tx: MatrixTransform, b1: float, b2: float) -> MatrixTransform
     A `MatrixTransform` with the same state.
   """
 
-  def update(g: jax.Array, s: LowRankState, ok: Any = True) -> tuple:
-    u, s = tx.update(g, s, ok)
-    return u * late_correction(s.inner.count, b1, b2), s
+  def corrected(update: Any, s: LowRankState) -> tuple[Any, LowRankState]:
+    # No update may have been taken, where the first gradient is not fit for one.
+    factor = late_correction(jnp.maximum(s.inner.count, 1), b1, b2)
+    if isinstance(update, Parts):
+      x, c, y = update
+      return Parts(*(None if u is None else u * factor for u in (x, c)), y), s
+    return update * factor, s
 
-  return tx._replace(update=update, steps=None)
+  steps = tx.steps
+  if steps is not None:
+    steps = steps._replace(move=lambda *args: corrected(*tx.steps.move(*args)))
+  return tx._replace(update=lambda *args: corrected(*tx.update(*args)), steps=steps)
 
 
 def dense_change(old: jax.Array, new: jax.Array) -> Change:

@@ -11,7 +11,7 @@ from lrjax.checks import closest
 from lrjax.matrices import MatricesState, nodes
 from lrjax.probes import Probed
 from lrjax.recording import noted
-from lrjax.stacks import Slot
+from lrjax.stacks import Slot, is_thin
 from lrjax.types import MatrixTransform, Projected
 from lrjax.views import LeafPlan, leaf_path
 
@@ -215,7 +215,7 @@ def enough(tx: Any, params: Any) -> dict[str, tuple[LeafPlan, MatrixTransform]]:
     in_order = plan.axes == (tuple(range(n - 2)), (n - 2,), (n - 1,))
     # Where only some layers train, the leaf that a method sees is another one.
     whole = plan.shape == shapes[plan.path]
-    return in_order and whole and rule.steps is not None
+    return in_order and whole and is_thin(rule)
 
   seen, _ = noted(tx, params)
   return {path: found for path, found in seen.rules.items() if is_enough(*found)}

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lrjax.dividing import divide_low, gather_low
-from lrjax.types import Lifted, MatrixTransform, Projected
+from lrjax.types import Lifted, MatrixTransform, Parts, Projected
 from lrjax.views import LeafPlan, from_matrix, to_matrix
 
 # Above this a squared gradient comes near float32's end: the second moment would turn
@@ -60,6 +60,11 @@ class Stack(NamedTuple):
     return is_projected(self.leaf)
 
   @property
+  def thin(self) -> bool:
+    """Whether a step needs nothing of the gradient but P'G."""
+    return is_thin(self.rule)
+
+  @property
   def g(self) -> jax.Array:
     """The gradient as (*stack, d, k), float32 or wider."""
     return wide(to_matrix(self.leaf, self.plan))
@@ -91,20 +96,56 @@ class Stack(NamedTuple):
       new = new if held else select(self.ok, new, state)
       # Selected in the leaf's own layout: XLA folds a transpose into the product that
       # makes u, but not with a select between them.
-      u = jnp.where(spread(self.ok, self.plan), from_matrix(u, self.plan), 0)
-    else:
-      d, (_, move, up) = self.plan.matrix[0], rule.steps
-      u, new = self.over_stack(move)(self.low, state, self.ok)
-      u = gather_low(u, self.slot, rule, self.plan)
+      u = self.where_ok(from_matrix(u, self.plan))
+    elif self.thin:
+      d, (_, move, up, _) = self.plan.matrix[0], rule.steps
+      thin = self.over_stack(lambda low, s, ok: move(low, None, s, ok))
+      parts, new = thin(self.low, state, self.ok)
+      low = gather_low(parts.x, self.slot, rule, self.plan)
+      u = Lifted(low, jnp.zeros([]), self.leaf.shape, self.leaf.dtype)
       if not lifted:
-        u = self.over_stack(lambda u, s: up(u, s, d))(u, new)
+        u = self.over_stack(lambda x, s: up(x, s, d))(low, new)
         u = from_matrix(u, self.plan)
-    u = u if self.scale == 1 else self.scale * u
+    else:
+      u, new = self.lift()
+    u = u if self.scale == 1 else jax.tree.map(lambda x: self.scale * x, u)
     # A state that was started over asks for a refresh; a rule without one is done.
     slot = Slot(self.slot.overdue * (rule.refresh is not None), new)
-    if lifted and rule.steps is not None:
-      return Lifted(u, jnp.zeros([]), self.leaf.shape, self.leaf.dtype), slot
-    return u.astype(self.leaf.dtype), slot
+    return u if isinstance(u, Lifted) else u.astype(self.leaf.dtype), slot
+
+  def lift(self) -> tuple[jax.Array, Any]:
+    """The update and the state of a rule whose steps read the gradient once more."""
+    plan, steps = self.plan, self.rule.steps
+    assert plan.axes is not None and steps is not None
+    d, k = plan.matrix
+
+    def one(g: jax.Array, state: Any, ok: jax.Array) -> tuple:
+      """Of one matrix as it lies."""
+      low = steps.down(to_matrix(g, plan.one), state)
+      lies = lambda x: from_matrix(jnp.broadcast_to(x, (d, k)), plan.one)
+      total = lambda c: squares(lies(c) * g)
+      parts, new = steps.move(low, total, state, ok)
+      if parts.c is not None:
+        parts = parts._replace(c=lies(parts.c))
+      return formed(parts, g, lambda x: lies(steps.up(x, new, d))), new
+
+    stack, front = plan.axes[0], range(len(plan.stack))
+    g = jnp.moveaxis(wide(self.leaf), stack, front)
+    u, new = self.over_stack(one)(g, self.slot.state, self.ok)
+    return self.where_ok(jnp.moveaxis(u, front, stack)), new
+
+  def where_ok(self, u: jax.Array) -> jax.Array:
+    """An update as the leaf lies, zero where the gradient is not fit for one."""
+    return jnp.where(spread(self.ok, self.plan), u, 0)
+
+
+def formed(parts: Parts, g: Any, up: Callable) -> jax.Array:
+  """The update P x + c f, from `up` = x -> P x."""
+  x, c, y = parts
+  if c is None:
+    return up(x)
+  f = c * (g if y is None else jnp.sign(g - up(y)))
+  return f if x is None else up(x) + f
 
 
 def examine(stacks: list[Stack], due: list[jax.Array]) -> list[Stack]:
@@ -114,7 +155,7 @@ def examine(stacks: list[Stack], due: list[jax.Array]) -> list[Stack]:
   gradient itself is read once more only if a refresh is due.
   """
   now = any_of(due)
-  later = [i for i, s in enumerate(stacks) if s.rule.steps and not s.projected]
+  later = [i for i, s in enumerate(stacks) if s.thin and not s.projected]
 
   def energies() -> list[jax.Array]:
     return [stacks[i].energy() for i in later]
@@ -135,7 +176,7 @@ def project(stacks: list[Stack]) -> list[Stack]:
   """The stacks with P'G where that is all a step needs, and flags that saw it."""
 
   def one(s: Stack) -> Stack:
-    if s.rule.steps is None:
+    if not s.thin:
       return s
     down, state = s.rule.steps.down, s.slot.state
     low = wide(s.leaf.low) if s.projected else s.over_stack(down)(s.g, state)
@@ -154,6 +195,11 @@ def init_slot(rule: MatrixTransform, plan: LeafPlan, x: Any) -> Slot:
   return jax.tree.map(stacked, Slot(jnp.zeros([], jnp.int32), one))
 
 
+def is_thin(rule: MatrixTransform) -> bool:
+  """Whether updates are P x, and need nothing of a gradient but P'G."""
+  return rule.steps is not None and rule.steps.thin
+
+
 def is_projected(x: Any) -> bool:
   """Whether a leaf is a projected gradient."""
   return isinstance(x, Projected)
@@ -168,7 +214,7 @@ def in_full(updates: Any) -> Any:
 
 
 def _check_projected(rule: MatrixTransform, plan: LeafPlan, leaf: Projected) -> None:
-  if rule.steps is None:
+  if not is_thin(rule):
     raise TypeError(
       f'leaf {plan.path!r}: this method needs the gradient in full, and got what'
       ' lrjax.projected_value_and_grad makes for another one'

@@ -94,8 +94,8 @@ class MatrixTransform(NamedTuple):
       where there is no single P.
     holds: whether `update` takes `ok`, bool[], as a third argument and leaves the state
       as it is where that is false. Of the others both states are computed and one chosen.
-    steps: what `update` consists of, where it needs nothing of g but :math:`P^\\top g` and
-      is :math:`P u`; None where it needs more.
+    steps: what `update` consists of, where it is made of :math:`P^\\top g` and forms
+      nothing of the size of g but its result; None where it does more.
     sketch: what `refresh` consists of, where it needs products with g alone: a `Sketch`
       whose b is the state, and whose `finish` is `(product, state, d, k) -> (state,
       bool[])`.
@@ -112,19 +112,37 @@ class MatrixTransform(NamedTuple):
   sketch: 'Sketch | None' = None
 
 
-class Steps(NamedTuple):
-  """The three steps of an update :math:`P f(P^\\top g)`.
+class Parts(NamedTuple):
+  """An update :math:`P x + c f` that is not formed, f the gradient g or sign(g - P y).
 
   Attributes:
-    down: `(g (d, k), state) -> low (r, k)`.
-    move: `(low, state, ok) -> (u (r, k), state)`; where `ok`, bool[], is false u is zero
-      and the state as it was.
-    up: `(u, state, d) -> update (d, k)`.
+    x: (r, k).
+    c: (1, k), or (1, 1) for all columns; None where there is no f.
+    y: (r, k), where f is a sign; else None.
+  """
+
+  x: Any
+  c: Any = None
+  y: Any = None
+
+
+class Steps(NamedTuple):
+  """The three steps of an update.
+
+  Attributes:
+    down: `(g (d, k), state) -> low (r, k)`, :math:`P^\\top g`.
+    move: `(low, total, state, ok) -> (Parts, state)`; where `ok`, bool[], is false the
+      parts are zero and the state as it was. `total` is c -> the sum of squares of c g, c
+      (1, k) or (1, 1).
+    up: `(x (r, k), state, d) -> P x (d, k)`.
+    thin: whether the update is :math:`P x` alone, and nothing of g but low is needed;
+      `total` is None then.
   """
 
   down: Callable
   move: Callable
   up: Callable
+  thin: bool
 
 
 class Sketch(NamedTuple):
@@ -214,6 +232,9 @@ class Residual(NamedTuple):
     per_column: whether it compares columns of g with those of `down(g)`.
     scale: where the update is `up(scale * u)` and nothing else is kept or read; None
       where more is.
+    parts: `(total, low, u, s) -> (Parts, s)`, for `after` where the basis is orthonormal,
+      see `Steps` for `total`; None where the update has no such parts.
+    any_basis: whether `parts` holds for other bases too.
   """
 
   init: Callable
@@ -222,6 +243,8 @@ class Residual(NamedTuple):
   projects: bool = False
   per_column: bool = False
   scale: Any = None
+  parts: Callable | None = None
+  any_basis: bool = False
 
 
 class Codec(NamedTuple):

@@ -78,6 +78,17 @@ class LeafPlan(NamedTuple):
     size = lambda axes: math.prod(self.shape[a] for a in axes)
     return size(ins), size(outs)
 
+  @property
+  def one(self) -> 'LeafPlan':
+    """The plan of one matrix of the stack, its axes in the leaf's order."""
+    assert self.axes is not None
+    kept = [a for a in range(len(self.shape)) if a not in self.axes[0]]
+    place = lambda axes: tuple(kept.index(a) for a in axes)
+    return self._replace(
+      shape=tuple(self.shape[a] for a in kept),
+      axes=((), *map(place, self.axes[1:])),
+    )
+
 
 def leaf_path(path: Sequence[Any]) -> str:
   """A key path as 'layers/attn/q/kernel'; the trailing 'value' of nnx is dropped."""

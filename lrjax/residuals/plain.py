@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lrjax.checks import finite, named
-from lrjax.types import Codec, Residual
+from lrjax.types import Codec, Parts, Residual
 
 
 def drop(scale: float = 1.0) -> Residual:
@@ -89,4 +89,17 @@ def state_free(
   ) -> tuple[jax.Array, tuple]:
     return scale * (up(u) + inactive_scale * f(g - up(low))), s
 
-  return Residual(lambda g: (), lambda g, s: g, after, projects=True)
+  def parts(total: Callable, low: jax.Array, u: jax.Array, s: tuple) -> tuple:
+    c = jnp.full((1, 1), scale * inactive_scale, low.dtype)
+    if rule == 'sgd':
+      return Parts(scale * u - c * low, c), s
+    return Parts(scale * u, c, low), s
+
+  return Residual(
+    lambda g: (),
+    lambda g, s: g,
+    after,
+    projects=True,
+    scale=scale if rule == 'no' else None,
+    parts=parts if rule in ('sign', 'sgd') else None,
+  )

@@ -10,26 +10,76 @@ from jax.experimental import pallas as pl
 
 from lrjax.kernels import blocks
 from lrjax.kernels.blocks import Side
+from lrjax.kernels.dispatch import Operation, dispatch
 from lrjax.kernels.tiles import Tile
 
 
-def combine(
-  platform: str,
-  p: jax.Array,  # (d, r)
-  g: jax.Array,  # the leaf, as it lies
-  x: jax.Array,  # (r, k)
-  c: jax.Array,  # (1, k)
-  low: jax.Array | None,  # (r, k)
+def lift_and_add(
+  p: jax.Array,
+  g: jax.Array,
+  x: jax.Array,
+  c: jax.Array,
+  y: jax.Array | None = None,
   *,
-  side: Side,
-  tile: Tile,
-  interpret: Any,
+  side: Side = 'in',
+  implementation: str | None = None,
 ) -> jax.Array:
-  """P X + c G, or P X + c sign(G - P low), as g lies and in its dtype; one pass over g."""
+  r"""An update with a part outside the subspace, from its parts.
+
+  .. math:: \Delta = P X + c F, \quad F = G \text{ or } \mathrm{sign}(G - P Y)
+
+  The first F is that of `lrjax.residuals.fira` on an orthonormal basis, the second that of
+  `lrjax.state_free('sign')` (FRUGAL). The kernels read G once and write the update,
+  products with P stay on chip. They are for one device, or for the inside of a
+  `jax.shard_map(..., check_vma=False)`. They have been checked by interpretation and by
+  lowering, not yet on a TPU or GPU.
+
+  Args:
+    p: P (d, r).
+    g: the gradient G as its leaf lies: (d, k) for side 'in', (k, d) for 'out'.
+    x: X (r, k).
+    c: a factor of each column, (1, k).
+    y: Y (r, k), for the sign; None: F is G.
+    side: which axis of the leaf is compressed.
+    implementation: see `lrjax.kernels.dispatch`.
+
+  Returns:
+    The update in shape and dtype of g; the arithmetic is in float32 or wider.
+
+  Raises:
+    ValueError: for shapes that do not fit, unknown names, and kernels that the device or
+      the sizes do not allow.
+
+  >>> p, g = jnp.eye(2, 1), jnp.array([[3.0], [-4.0]])
+  >>> x, c = jnp.array([[0.5]]), jnp.array([[0.1]])
+  >>> print(lift_and_add(p, g, x, c), lift_and_add(p, g, x, c, g[:1]))
+  [[ 0.8]
+   [-0.4]] [[ 0.5]
+   [-0.1]]
+  """
+  sizes = blocks.sizes_of(p.shape, g.shape, side)
+  want = dict(x=(sizes['r'], sizes['k']), c=(1, sizes['k']), y=(sizes['r'], sizes['k']))
+  for (name, shape), a in zip(want.items(), (x, c, y)):
+    if a is not None and a.shape != shape:
+      raise ValueError(f'`{name}` must be of shape {shape}, got {a.shape}')
+  lows = (x,) if y is None else (x, y)
   c = c.reshape(blocks.along(side, 1, c.size))
-  call = _tpu if platform == 'tpu' else _gpu
-  lows = (x,) if low is None else (x, low)
-  return call(p, c, g, *lows, side=side, tile=tile, interpret=interpret)
+  options = dict(side=side, signed=y is not None)
+  return dispatch(
+    LIFT_AND_ADD, implementation, sizes, g.dtype, p, c, g, *lows, **options
+  )
+
+
+def _xla(
+  p: jax.Array,
+  c: jax.Array,
+  g: jax.Array,
+  *lows: jax.Array,
+  side: Side,
+  signed: bool,
+) -> jax.Array:
+  x, *low = (blocks.up(p, low, side) for low in lows)
+  return (x + c * _part(g.astype(x.dtype), *low)).astype(g.dtype)
 
 
 def _tpu(
@@ -38,6 +88,7 @@ def _tpu(
   g: jax.Array,
   *lows: jax.Array,
   side: Side,
+  signed: bool,
   tile: Tile,
   interpret: Any,
 ) -> jax.Array:
@@ -66,7 +117,7 @@ def _tpu_kernel(
 ) -> None:
   *low_ref, out_ref = refs
   up = lambda ref: blocks.up(p_ref[...], ref[...], side)
-  f = _part(g_ref[...], *map(up, low_ref))
+  f = _part(g_ref[...].astype(jnp.float32), *map(up, low_ref))
   out_ref[...] = (up(x_ref) + c_ref[...] * f).astype(out_ref.dtype)
 
 
@@ -76,6 +127,7 @@ def _gpu(
   g: jax.Array,
   *lows: jax.Array,
   side: Side,
+  signed: bool,
   tile: Tile,
   interpret: Any,
 ) -> jax.Array:
@@ -107,31 +159,28 @@ def _gpu_kernel(
   steps = pl.cdiv(p_ref.shape[1], tile['r'])
   inside, *low = jax.lax.fori_loop(0, steps, add, (zeros,) * len(low_refs))
   c = blocks.read(c_ref, *blocks.along(side, blocks.span(0, 1), ks))
-  f = _part(blocks.read(g_ref, *here), *low)
+  f = _part(blocks.read(g_ref, *here).astype(jnp.float32), *low)
   blocks.store(out_ref, *here, inside + c * f)
 
 
 def _part(g: jax.Array, low: jax.Array | None = None) -> jax.Array:
-  """G in float32; given P low, the sign of what it misses."""
-  g = g.astype(jnp.float32)
+  """G; given P Y, the sign of what it misses."""
   if low is None:
     return g
   # Not jnp.sign: its lowering asks which TPU it is for, where there may be none.
-  up, down = (s.astype(jnp.float32) for s in (g > low, g < low))
+  up, down = (s.astype(low.dtype) for s in (g > low, g < low))
   return up - down
 
 
-def check(sizes: Mapping[str, int], **lows: jax.Array) -> None:
-  """Raises ValueError naming one that is not (r, k)."""
-  for name, x in lows.items():
-    if x.shape != (want := (sizes['r'], sizes['k'])):
-      raise ValueError(f'`{name}` must be (r, k) = {want}, got {x.shape}')
-
-
-def fits(platform: str, tile: Tile, sizes: Mapping[str, int], lows: int) -> bool:
-  """Whether a tile's working set fits on chip, with `lows` arrays (r, k)."""
+def _fits(
+  platform: str, tile: Tile, sizes: Mapping[str, int], *, signed: bool, **options: Any
+) -> bool:
+  lows = 1 + signed
   if platform == 'gpu':
     operands = (tile['d'] + lows * tile['k']) * tile['r']
     return 4 * blocks.STAGES * operands <= blocks.SHARED
   r, d, k = sizes['r'], min(tile['d'], sizes['d']), min(tile['k'], sizes['k'])
   return 4 * (d * r + lows * r * k + 3 * d * k) <= blocks.VMEM
+
+
+LIFT_AND_ADD = Operation('lift_and_add', _xla, _tpu, _gpu, _fits)
