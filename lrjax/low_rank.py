@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lrjax import residuals, transports
+from lrjax.dividing import by_columns
 from lrjax.moments import held, late_correction
 from lrjax.refreshes import every
 from lrjax.stacks import all_of, select
@@ -116,14 +117,18 @@ def low_rank(
       return steps.up(u, s, len(g)), s
     g = residual.before(g, s.residual)
     low = basis.down(s.basis, g)
-    u, inner_state = held(inner, low, s.inner, ok)
+    low, u, inner_state = optimized(low, s, ok)
     up = lambda low: basis.up(s.basis, low, len(g))
     out, residual_state = residual.after(g, low, u, up, s.residual)
     residual_state = select(jnp.asarray(ok), residual_state, s.residual)
     return out, s._replace(inner=inner_state, residual=residual_state)
 
+  def optimized(low: jax.Array, s: LowRankState, ok: Any) -> tuple:
+    each = lambda low: held(inner, low, s.inner, ok)
+    return by_columns(each, low, s.inner) if basis.per_column else (low, *each(low))
+
   def move(low: jax.Array, s: LowRankState, ok: Any) -> tuple:
-    u, inner_state = held(inner, low, s.inner, ok)
+    _, u, inner_state = optimized(low, s, ok)
     return jnp.where(ok, residual.scale * u, 0), s._replace(inner=inner_state)
 
   steps = None

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lrjax.dividing import divide_low, gather_low
+from lrjax.dividing import at_leaf
 from lrjax.types import Lifted, MatrixTransform, Projected
 from lrjax.views import LeafPlan, from_matrix, to_matrix
 
@@ -87,15 +87,16 @@ class Stack(NamedTuple):
     rule, state = self.rule, self.slot.state
     if rule.steps is None:
       held = (self.ok,) * rule.holds
-      u, new = self.over_stack(rule.update)(self.g, state, *held)
+      with at_leaf(self.plan):
+        u, new = self.over_stack(rule.update)(self.g, state, *held)
       new = new if held else select(self.ok, new, state)
       # Selected in the leaf's own layout: XLA folds a transpose into the product that
       # makes u, but not with a select between them.
       u = jnp.where(spread(self.ok, self.plan), from_matrix(u, self.plan), 0)
     else:
       d, (_, move, up) = self.plan.matrix[0], rule.steps
-      u, new = self.over_stack(move)(self.low, state, self.ok)
-      u = gather_low(u, self.slot, rule, self.plan)
+      with at_leaf(self.plan):
+        u, new = self.over_stack(move)(self.low, state, self.ok)
       if not lifted:
         u = self.over_stack(lambda u, s: up(u, s, d))(u, new)
         u = from_matrix(u, self.plan)
@@ -139,7 +140,6 @@ def project(stacks: list[Stack]) -> list[Stack]:
       return s
     down, state = s.rule.steps.down, s.slot.state
     low = wide(s.leaf.low) if s.projected else s.over_stack(down)(s.g, state)
-    low = divide_low(low, s.slot, s.rule, s.plan)
     # A product with P spreads what is not finite; rows that are not chosen are not read.
     return s._replace(low=low, ok=s.ok & (squares(low, (-2, -1)) < LARGEST**2))
 
