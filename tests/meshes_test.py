@@ -65,40 +65,76 @@ def test_state_is_split_along_sides_and_never_along_ranks(name):
     assert {'fsdp', 'tensor'} <= seen
 
 
-@functools.cache
-def on_one_device(name):
-  """Gradients of four steps, and the updates they give on one device."""
+def drawn():
+  """Parameters, and gradients of four steps."""
   params = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), PARAMS)
   draw = lambda x, t: matrix(x.shape, t) if x.ndim > 1 else jnp.ones(D)
-  grads = [{n: draw(x, t) for n, x in params.items()} for t in range(4)]
-  return params, grads, trajectory(METHODS[name], params, grads)[0]
+  return params, [{n: draw(x, t) for n, x in params.items()} for t in range(4)]
 
 
-def compiled(name, mesh):
+@functools.cache
+def on_one_device(name):
+  """The updates of these gradients on one device."""
+  return trajectory(METHODS[name], *drawn())[0]
+
+
+def compiled(tx, mesh, shapes=PARAMS, specs=SPECS):
   """The update for this placement, and the placement."""
-  tx = METHODS[name]
   named = lambda specs: jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
-  specs = named(SPECS), named(lrjax.state_specs(tx, PARAMS, SPECS, mesh))
+  specs = named(specs), named(lrjax.state_specs(tx, shapes, specs, mesh))
   update = jax.jit(tx.update, in_shardings=(*specs, specs[0]), out_shardings=specs)
-  state = jax.eval_shape(tx.init, PARAMS)
-  return update.lower(PARAMS, state, PARAMS).compile(), specs
+  state = jax.eval_shape(tx.init, shapes)
+  return update.lower(shapes, state, shapes).compile(), specs
+
+
+# The most numbers that one collective may result in, for the stack of two and rank 4.
+FLAGS = 2
+BASIS = 2 * 4 * D
+# What steps between refreshes send besides P^T G.
+ALSO = {
+  # At this size a block of 8-bit moments, a group of a basis in codes, has parts on
+  # several devices.
+  'galore_8bit': 2 * 4 * K,
+  'q_galore': max(2 * 4 * K, BASIS),
+  # B B^T P, and all rows of it for a QR.
+  'ldadam': BASIS,
+  # B P, and the gradient by P: both (d, r) and summed over k.
+  'dion': BASIS,
+  'online_subspace_descent': BASIS,
+  # R R^T (r, r) of the orthogonalization.
+  'trion': 2 * 4 * 4,
+  'dion2': 2 * 4 * 4,
+  # Adafactor's sums of squares over k.
+  'flora': 2 * D,
+}
+# These choose a basis at every step: of all d rows of Q^T G, by the sizes of d slices.
+CHOICES = {'dct_adamw': D * K, 'trion': D * K, 'dion2': 0}
+RANKS = {'apollo_mini': 1, 'frugal': 6, 'frugal_svd': 6}
+# A layer at a time; the base of `frugal_blocks` is Adam.
+LAYERS = {'owlore': 1, 'frugal_blocks': 0}
 
 
 def allowed(name, mesh):
-  """The most numbers that one collective of a step between refreshes may result in."""
-  projected = 2 * 4 * K  # P^T G of the stack, rank 4
-  if name == 'ldadam':  # or the rows of P that its QR needs
-    return max(projected // mesh.shape['tensor'], 2 * 4 * D)
-  # At this size a block of 8-bit moments has parts on several devices.
-  return projected if name == 'galore_8bit' else projected // mesh.shape['tensor']
+  """The most numbers that a collective of a step between refreshes may result in."""
+  summed = RANKS.get(name, 4) * K // mesh.shape['tensor'] * LAYERS.get(name, 2)
+  return max(FLAGS, ALSO.get(name, 0), summed if mesh.shape['fsdp'] > 1 else 0)
+
+
+def allowed_to_choose(name, mesh):
+  """The same for the choice of a basis."""
+  scores = 2 * CHOICES[name] // mesh.shape['tensor']
+  return max(2 * D, scores if mesh.shape['fsdp'] > 1 else 0)
+
+
+RUN = ['fira', 'galore_8bit', 'ldadam']
 
 
 @pytest.mark.parametrize('mesh', ['1 x 8', '8 x 1', '4 x 2'])
-@pytest.mark.parametrize('name', ['fira', 'galore_8bit', 'ldadam'])
+@pytest.mark.parametrize('name', RUN)
 def test_eight_devices_are_one_device_and_no_gradient_travels(name, mesh):
   mesh = mesh_of(mesh)
-  step, (where, state_where) = compiled(name, mesh)
-  params, grads, want = on_one_device(name)
+  step, (where, state_where) = compiled(METHODS[name], mesh)
+  (params, grads), want = drawn(), on_one_device(name)
   params, state = jax.device_put(
     (params, METHODS[name].init(params)), (where, state_where)
   )
@@ -112,38 +148,37 @@ def test_eight_devices_are_one_device_and_no_gradient_travels(name, mesh):
   assert max(n for _, n in steady) <= allowed(name, mesh)
 
 
-# These choose a basis at every step, of all d rows of Q^T G, or by the sizes of d slices.
-@pytest.mark.parametrize(
-  ('name', 'most'), [('dct_adamw', 2 * D * K // 2), ('dion2', 2 * D)]
-)
-def test_a_choice_at_every_step_sends_what_it_scores(name, most):
-  step, _ = compiled(name, mesh_of('4 x 2'))
-  _, chosen = collectives(step.as_text())
-  assert 1 < max(n for _, n in chosen) <= most
+@pytest.mark.parametrize('mesh', ['1 x 8', '8 x 1', '4 x 2'])
+@pytest.mark.parametrize('name', sorted({*METHODS} - {*RUN}))
+def test_no_step_sends_more_than_its_method_needs(name, mesh):
+  mesh, stack = mesh_of(mesh), lambda tree: {'stack/kernel': tree['stack/kernel']}
+  step, _ = compiled(METHODS[name], mesh, stack(PARAMS), stack(SPECS))
+  steady, rare = collectives(step.as_text())
+  assert max((n for _, n in steady), default=0) <= allowed(name, mesh)
+  if name in CHOICES:
+    assert max(n for _, n in rare) <= allowed_to_choose(name, mesh)
 
 
 def with_and_without_division(tx, mesh, specs=SPECS):
   """(updates, numbers of inner state on a device, what a steady step sends), twice."""
-  params, grads, _ = on_one_device('galore')
-  named = lambda specs: jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
+  kernels = lambda tree: {n: tree[n] for n in ('q/kernel', 'stack/kernel')}
+  shapes, specs = kernels(PARAMS), kernels(specs)
+  weights, grads = drawn()
+  params, grads = kernels(weights), [kernels(g) for g in grads]
 
   def run(tx):
-    where, placed = named(specs), named(lrjax.state_specs(tx, PARAMS, specs, mesh))
-    step = jax.jit(
-      tx.update, in_shardings=(where, placed, where), out_shardings=(where, placed)
-    )
-    step = step.lower(PARAMS, jax.eval_shape(tx.init, PARAMS), PARAMS).compile()
-    weights, state = jax.device_put((params, tx.init(params)), (where, placed))
+    step, (where, placed) = compiled(tx, mesh, shapes, specs)
+    held, state = jax.device_put((params, tx.init(params)), (where, placed))
     updates = []
     for g in grads:
-      u, state = step(jax.device_put(g, where), state, weights)
+      u, state = step(jax.device_put(g, where), state, held)
       updates.append(jax.device_get(u))
     inner = [s.state.inner.mu for s in state.slots.values()]
     moments = [x for x in jax.tree.leaves(inner) if K in x.shape]
     kept = sum(x.addressable_shards[0].data.size for x in moments)
     return updates, kept, collectives(step.as_text())[0]
 
-  return run(tx), run(lrjax.divided(tx, PARAMS, specs, mesh))
+  return run(tx), run(lrjax.divided(tx, shapes, specs, mesh))
 
 
 # Found by products alone, so that little is compiled; a stack split over an axis too.
