@@ -126,6 +126,7 @@ def allowed_to_choose(name, mesh):
   return max(2 * D, scores if mesh.shape['fsdp'] > 1 else 0)
 
 
+# What runs on these meshes too, and in a larger tree.
 RUN = ['fira', 'galore_8bit', 'ldadam']
 
 
@@ -163,15 +164,15 @@ def with_and_without_division(tx, mesh, specs=SPECS):
   """(updates, numbers of inner state on a device, what a steady step sends), twice."""
   kernels = lambda tree: {n: tree[n] for n in ('q/kernel', 'stack/kernel')}
   shapes, specs = kernels(PARAMS), kernels(specs)
-  weights, grads = drawn()
-  params, grads = kernels(weights), [kernels(g) for g in grads]
+  params, grads = drawn()
+  params, grads = kernels(params), [kernels(g) for g in grads]
 
   def run(tx):
     step, (where, placed) = compiled(tx, mesh, shapes, specs)
-    held, state = jax.device_put((params, tx.init(params)), (where, placed))
+    weights, state = jax.device_put((params, tx.init(params)), (where, placed))
     updates = []
     for g in grads:
-      u, state = step(jax.device_put(g, where), state, held)
+      u, state = step(jax.device_put(g, where), state, weights)
       updates.append(jax.device_get(u))
     inner = [s.state.inner.mu for s in state.slots.values()]
     moments = [x for x in jax.tree.leaves(inner) if K in x.shape]
@@ -181,7 +182,7 @@ def with_and_without_division(tx, mesh, specs=SPECS):
   return run(tx), run(lrjax.divided(tx, shapes, specs, mesh))
 
 
-# Found by products alone, so that little is compiled; a stack split over an axis too.
+# Bases found by products alone, so that little is compiled.
 FAST = dict(update_proj_gap=3, basis='subspace_iteration')
 DIVIDED = {
   'galore': lrjax.scale_by_galore(4, **FAST),
@@ -189,6 +190,7 @@ DIVIDED = {
   'frugal': METHODS['frugal'],
   'apollo': METHODS['apollo'],
 }
+# What is mapped over a stack must leave a split of it as it is.
 SPLIT_STACK = SPECS | {'stack/kernel': P('data', 'tensor', 'fsdp')}
 
 
