@@ -3,15 +3,15 @@
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from lrjax.codecs.dynamic import Dynamic8, block_of
 from lrjax.specs import check_spec, merged, names
-from lrjax.types import MatrixTransform
 from lrjax.views import LeafPlan, leaf_path
 
 
@@ -23,6 +23,7 @@ class _Division(NamedTuple):
 
 
 _division: contextvars.ContextVar = contextvars.ContextVar('division', default=None)
+_plan: contextvars.ContextVar = contextvars.ContextVar('plan', default=None)
 
 
 def divided(
@@ -35,11 +36,18 @@ def divided(
 
   A mesh axis that splits the compressed side (fsdp, often) splits P, but no axis of the
   moments (r, k): every device along it holds them whole. Here each holds, and computes,
-  the columns i that are its own, and gathers the others' updates (r, k) once a step. The
-  numbers are the same to the bit. Use it where such an axis is longer than a few devices.
+  the columns i that are its own, and gathers the others' updates (r, k) once a step. So
+  does every method made by `lrjax.low_rank`, whatever else it keeps or reads (Fira,
+  FRUGAL, APOLLO, error feedback). Use it where such an axis is longer than a few devices.
 
-  Moments stay whole where k does not divide, where they are kept in 8 bits, and for
-  methods that need more than :math:`P^\top G` (Fira, FRUGAL, APOLLO, LDAdam, ...).
+  The numbers are the same; to the bit where the compiler computes them in the same
+  order, as in the tests of GaLore, Fira, FRUGAL and APOLLO. A refresh that rotates
+  moments multiplies fewer columns at a time, and may round otherwise in the last bit.
+
+  Moments stay whole where k does not divide, where a block of 8-bit ones would lie on
+  several devices (r k / devices must divide by the block), with bases that mix columns
+  (`lrjax.two_sided`), and for rules of their own: LDAdam, Dion, Dion2 and Trion keep an
+  array (d, k) anyway, which is split along both sides as it is; Flora's momentum.
 
   Args:
     tx: the transformation.
@@ -94,40 +102,51 @@ def divided(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def divide_low(x: jax.Array, slot: Any, rule: MatrixTransform, plan: LeafPlan) -> Any:
-  """Each device's own columns of P'G (*stack, r, k), within `divided`."""
-  low = low_specs(slot, rule, plan)
+@contextlib.contextmanager
+def at_leaf(plan: LeafPlan) -> Iterator[None]:
+  """Tells `by_columns` of which leaf the matrix is."""
+  token = _plan.set(plan)
+  try:
+    yield
+  finally:
+    _plan.reset(token)
+
+
+def by_columns(f: Callable, low: jax.Array, inner: Any) -> tuple:
+  """(low, u, state) of `f(low) -> (u, state)`, the step of an inner optimizer.
+
+  Within `divided` each device takes the step for columns of its own; `low` and `u` (r, k)
+  come back on all of them.
+
+  Args:
+    f: the step.
+    low: (r, k), column j of column j of the matrix.
+    inner: state of the inner optimizer.
+  """
+  plan = _plan.get()
+  specs = None if plan is None else low_specs(inner, plan)
+  if specs is None:
+    return low, *f(low)
+  # A stack is mapped over, and the constraints leave its axes as they are.
+  whole, own = (PartitionSpec(*spec[-2:]) for spec in specs)
   # First whole: a sum of all devices, then a part of it; left to itself the partitioner
   # made arrays whole on the way.
-  return x if low is None else _constrained(_constrained(x, low[0]), low[1])
+  low = _constrained(low, whole)
+  u, inner = f(_constrained(low, own))
+  return low, _constrained(_constrained(u, own), whole), inner
 
 
-def gather_low(u: jax.Array, slot: Any, rule: MatrixTransform, plan: LeafPlan) -> Any:
-  """The columns of all devices, within `divided`."""
-  low = low_specs(slot, rule, plan)
-  return u if low is None else _constrained(_constrained(u, low[1]), low[0])
+def low_specs(inner: Any, plan: LeafPlan) -> tuple[PartitionSpec, PartitionSpec] | None:
+  """The specs of (*stack, r, k) whole and divided; None where they are not divided.
 
-
-def _constrained(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-  return jax.lax.with_sharding_constraint(x, NamedSharding(_division.get().mesh, spec))
-
-
-def low_specs(
-  slot: Any, rule: MatrixTransform, plan: LeafPlan
-) -> tuple[PartitionSpec, PartitionSpec] | None:
-  """The specs of (*stack, r, k) whole and divided; None where they are not divided."""
+  Args:
+    inner: state of the inner optimizer of one matrix; it may be abstract.
+    plan: of its leaf.
+  """
   division = _division.get()
   spec = None if division is None else division.specs.get(plan.path)
-  is_coded = lambda x: hasattr(x, 'codes')
-  coded = any(map(is_coded, jax.tree.leaves(slot, is_leaf=is_coded)))
   # Where only some layers train, a leaf has fewer axes than its parameter.
-  if (
-    spec is None
-    or rule.steps is None
-    or not rule.steps.thin
-    or coded
-    or len(spec) > len(plan.shape)
-  ):
+  if spec is None or len(spec) > len(plan.shape):
     return None
   assert plan.axes is not None
   stack, ins, outs = plan.axes
@@ -136,7 +155,18 @@ def low_specs(
   d, k = names(merged(full, compressed)), merged(full, other)
   both = (*names(k), *d)
   size = lambda axes: math.prod(division.mesh.shape[a] for a in axes)
-  if size(d) == 1 or plan.matrix[1] % size(both):
+  if size(d) == 1 or plan.matrix[1] % size(both) or _cuts_blocks(inner, size(both)):
     return None
   front = [full[a] for a in stack]
   return PartitionSpec(*front, None, k), PartitionSpec(*front, None, both)
+
+
+def _cuts_blocks(inner: Any, parts: int) -> bool:
+  """Whether a block of 8-bit moments would lie on several devices."""
+  is_stored = lambda x: isinstance(x, Dynamic8)
+  stored = filter(is_stored, jax.tree.leaves(inner, is_leaf=is_stored))
+  return any(x.codes.size % (parts * block_of(x)) for x in stored)
+
+
+def _constrained(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+  return jax.lax.with_sharding_constraint(x, NamedSharding(_division.get().mesh, spec))

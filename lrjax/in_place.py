@@ -1,5 +1,6 @@
 """Weights and state moved in one step, without a tree of updates in between."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lrjax.kernels import lift_and_apply
+from lrjax.kernels import lift_and_add, lift_and_apply
 from lrjax.kernels.blocks import Side
 from lrjax.matrices import MatricesState, nodes
 from lrjax.recording import noted
@@ -29,8 +30,9 @@ def in_place(
 
   For the leaves whose update is a lifted one (those of `lrjax.projectable`), on
   accelerators W is read and written once by `lrjax.kernels.lift_and_apply` and the update
-  (m, n) is not written at all. All other leaves move as by optax. Jit it with weights and
-  state donated.
+  (m, n) is not written at all. Those whose update has a part outside the subspace (Fira,
+  FRUGAL) get it from `lrjax.kernels.lift_and_add`, which reads the gradient and writes the
+  update. All other leaves move as by optax. Jit it with weights and state donated.
 
   Args:
     tx: the optimizer: a ready-made one of lrjax, or a chain of `scale_by_*` and links that
@@ -54,9 +56,13 @@ def in_place(
   0.9981
   """
   tx = optax.with_extra_args_support(tx)
+  add = functools.partial(lift_and_add, implementation=implementation)
+  add = None if implementation == 'xla' else add
 
   def step(params: Any, grads: Any, state: Any, **extra: Any) -> tuple[Any, Any]:
-    updates, new = tx.update(grads, state, params, lifted=True, **extra)
+    updates, new = tx.update(
+      grads, state, params, lifted=True, lift_and_add=add, **extra
+    )
     seen, _ = noted(tx, params)
     slots = {k: v for m in nodes(new, MatricesState) for k, v in m.slots.items()}
     key = None
@@ -92,10 +98,7 @@ def _moved(
   w: jax.Array, p: jax.Array, u: Lifted, plan: LeafPlan, key: Any, implementation: Any
 ) -> jax.Array:
   """The new weights of one leaf."""
-  assert plan.axes is not None
-  stack, ins, outs = plan.axes
-  as_it_lies = (*stack, *ins, *outs) == (*range(w.ndim),) and len(ins + outs) == 2
-  side: Side = 'out' if as_it_lies and plan.side == 'out' else 'in'
+  side: Side = 'out' if plan.in_order and plan.side == 'out' else 'in'
   keys = None if key is None else jax.random.split(key, plan.stack)
 
   def one(w: jax.Array, p: jax.Array, low: jax.Array, key: Any = None) -> jax.Array:
@@ -110,7 +113,7 @@ def _moved(
       implementation=implementation,
     )
 
-  seen = w if as_it_lies else to_matrix(w, plan)
+  seen = w if plan.in_order else to_matrix(w, plan)
   args = (seen, p, u.low) if keys is None else (seen, p, u.low, keys)
   new = over_stack(plan, one)(*args)
-  return new if as_it_lies else from_matrix(new, plan)
+  return new if plan.in_order else from_matrix(new, plan)

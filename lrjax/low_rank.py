@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lrjax import residuals, transports
+from lrjax.dividing import by_columns
 from lrjax.moments import held, late_correction
 from lrjax.refreshes import every
 from lrjax.stacks import all_of, formed, select, squares
@@ -125,14 +126,18 @@ def low_rank(
       return formed(parts, g, lambda x: steps.up(x, s, len(g))), s
     g = residual.before(g, s.residual)
     low = basis.down(s.basis, g)
-    u, inner_state = held(inner, low, s.inner, ok)
+    low, u, inner_state = optimized(low, s, ok)
     up = lambda low: basis.up(s.basis, low, len(g))
     out, residual_state = residual.after(g, low, u, up, s.residual)
     residual_state = select(jnp.asarray(ok), residual_state, s.residual)
     return out, s._replace(inner=inner_state, residual=residual_state)
 
+  def optimized(low: jax.Array, s: LowRankState, ok: Any) -> tuple:
+    each = lambda low: held(inner, low, s.inner, ok)
+    return by_columns(each, low, s.inner) if basis.per_column else (low, *each(low))
+
   def move(low: jax.Array, total: Any, s: LowRankState, ok: Any) -> tuple:
-    u, inner_state = held(inner, low, s.inner, ok)
+    low, u, inner_state = optimized(low, s, ok)
     if thin:
       parts, residual_state = Parts(residual.scale * u), s.residual
     else:
@@ -194,18 +199,23 @@ def bias_corrected(tx: MatrixTransform, b1: float, b2: float) -> MatrixTransform
     A `MatrixTransform` with the same state.
   """
 
-  def corrected(update: Any, s: LowRankState) -> tuple[Any, LowRankState]:
+  def factor(s: Any) -> jax.Array:
     # No update may have been taken, where the first gradient is not fit for one.
-    factor = late_correction(jnp.maximum(s.inner.count, 1), b1, b2)
-    if isinstance(update, Parts):
-      x, c, y = update
-      return Parts(*(None if u is None else u * factor for u in (x, c)), y), s
-    return update * factor, s
+    return late_correction(jnp.maximum(s.inner.count, 1), b1, b2)
 
-  steps = tx.steps
-  if steps is not None:
-    steps = steps._replace(move=lambda *args: corrected(*tx.steps.move(*args)))
-  return tx._replace(update=lambda *args: corrected(*tx.update(*args)), steps=steps)
+  def update(g: jax.Array, s: LowRankState, ok: Any = True) -> tuple:
+    u, s = tx.update(g, s, ok)
+    return u * factor(s), s
+
+  if (steps := tx.steps) is None:
+    return tx._replace(update=update)
+
+  def move(low: jax.Array, total: Any, s: LowRankState, ok: Any) -> tuple:
+    (x, c, y), s = steps.move(low, total, s, ok)
+    times = lambda a: None if a is None else a * factor(s)
+    return Parts(times(x), times(c), y), s
+
+  return tx._replace(update=update, steps=steps._replace(move=move))
 
 
 def dense_change(old: jax.Array, new: jax.Array) -> Change:

@@ -129,11 +129,13 @@ def on_matrices(
     params: Any = None,
     *,
     lifted: bool = False,
+    lift_and_add: Callable | None = None,
     **extra: Any,
   ) -> tuple[Any, MatricesState]:
     like = stacks.in_full(updates)
     # What is handed to the compiler whole gets its placement from arrays of its shape.
-    lifted = lifted and not sharding.is_explicit((updates, state))
+    if sharding.is_explicit((updates, state)):
+      lifted, lift_and_add = False, None
     plans = plan_tree(like)
     _check_like_init(plans, state, jax.eval_shape(init, like))
     if not plans:
@@ -158,7 +160,7 @@ def on_matrices(
       taken, held = _held_together(rest_ok, work)
       if guard == 'tree':
         rest_ok, counted, work = taken, taken, held
-      done = {s.plan.path: s.step(lifted) for s in work}
+      done = {s.plan.path: s.step(lifted, lift_and_add) for s in work}
       out = {path: u for path, (u, _) in done.items()}
       slots = {path: slot for path, (_, slot) in done.items()}
 

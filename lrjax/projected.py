@@ -211,11 +211,9 @@ def enough(tx: Any, params: Any) -> dict[str, tuple[LeafPlan, MatrixTransform]]:
   shapes = {leaf_path(p): x.shape for p, x in jax.tree.leaves_with_path(params)}
 
   def is_enough(plan: LeafPlan, rule: MatrixTransform) -> bool:
-    n = len(plan.shape)
-    in_order = plan.axes == (tuple(range(n - 2)), (n - 2,), (n - 1,))
     # Where only some layers train, the leaf that a method sees is another one.
     whole = plan.shape == shapes[plan.path]
-    return in_order and whole and is_thin(rule)
+    return plan.in_order and whole and is_thin(rule)
 
   seen, _ = noted(tx, params)
   return {path: found for path, found in seen.rules.items() if is_enough(*found)}

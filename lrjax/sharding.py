@@ -9,6 +9,7 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lrjax.dividing import low_specs
+from lrjax.low_rank import LowRankState
 from lrjax.specs import check_spec, merged
 from lrjax.types import MatrixTransform
 from lrjax.views import LeafPlan, leaf_path
@@ -76,18 +77,28 @@ def place_slot(slot: Any, rule: MatrixTransform, plan: LeafPlan, x: Any) -> Any:
   side = lambda axes: merged(full, axes)
   by_size = {_D: side(first), _K: side(second)}
   probe = jax.eval_shape(lambda: rule.init(jax.ShapeDtypeStruct((_D, _K), x.dtype)))
-  low = low_specs(slot, rule, plan)
 
-  def place(x: jax.Array, one: Any) -> jax.Array:
-    # A moment too small to be stored in 8 bits is large enough in the probe.
-    one = getattr(one, 'codes', one)
-    roles = [by_size.get(n) for n in one.shape]
-    if low is not None and _D not in one.shape:
-      roles = [low[1][-1] if n == _K else role for n, role in zip(one.shape, roles)]
-    return jax.sharding.reshard(x, PartitionSpec(*(full[a] for a in stack), *roles))
+  def placed(tree: Any, one: Any, by_size: dict[int, Any]) -> Any:
+    def place(x: jax.Array, one: Any) -> jax.Array:
+      # A moment too small to be stored in 8 bits is large enough in the probe.
+      roles = [by_size.get(n) for n in getattr(one, 'codes', one).shape]
+      return jax.sharding.reshard(x, PartitionSpec(*(full[a] for a in stack), *roles))
+
+    return jax.tree.map(place, tree, one)
+
+  def node(x: Any, one: Any) -> Any:
+    out = placed(x, one, by_size)
+    if not isinstance(x, LowRankState):
+      return out
+    of_one = lambda a: jax.ShapeDtypeStruct(a.shape[len(stack) :], a.dtype)
+    low = low_specs(jax.tree.map(of_one, x.inner), plan)
+    if low is None:
+      return out
+    return out._replace(inner=placed(x.inner, one.inner, {_K: low[1][-1]}))
 
   whole = jax.ShapeDtypeStruct((), jnp.int32)
-  return jax.tree.map(place, slot, type(slot)(whole, probe))
+  is_loop = lambda x: isinstance(x, LowRankState)
+  return jax.tree.map(node, slot, type(slot)(whole, probe), is_leaf=is_loop)
 
 
 def place_rows(rows: jax.Array, x: Any, stacked: bool) -> jax.Array:

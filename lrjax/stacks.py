@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lrjax.dividing import divide_low, gather_low
+from lrjax.dividing import at_leaf
 from lrjax.types import Lifted, MatrixTransform, Parts, Projected
 from lrjax.views import LeafPlan, from_matrix, to_matrix
 
@@ -71,9 +71,14 @@ class Stack(NamedTuple):
 
   def over_stack(self, f: Callable) -> Callable:
     """`f` of one matrix, for all of them."""
+
+    def one(*args: Any) -> Any:
+      with at_leaf(self.plan):
+        return f(*args)
+
     for _ in self.plan.stack:
-      f = jax.vmap(f)
-    return f
+      one = jax.vmap(one)
+    return one
 
   def energy(self) -> jax.Array:
     """The sum of squares of each gradient (*stack), or of its projection."""
@@ -84,10 +89,13 @@ class Stack(NamedTuple):
     # In the leaf's own layout: a transposed one would be written out for this alone.
     return squares(self.leaf, (*self.plan.axes[1], *self.plan.axes[2]))
 
-  def step(self, lifted: bool = False) -> tuple[Any, Slot]:
+  def step(
+    self, lifted: bool = False, lift_and_add: Callable | None = None
+  ) -> tuple[Any, Slot]:
     """The leaf's update and its state; nothing moves where `ok` is false.
 
-    With `lifted` the update is a `Lifted` where the rule can do with it.
+    With `lifted` the update is a `Lifted` where the rule can do with it; `lift_and_add`
+    forms an update from its parts, see `lrjax.kernels.lift_and_add`.
     """
     rule, state = self.rule, self.slot.state
     if rule.steps is None:
@@ -101,37 +109,38 @@ class Stack(NamedTuple):
       d, (_, move, up, _) = self.plan.matrix[0], rule.steps
       thin = self.over_stack(lambda low, s, ok: move(low, None, s, ok))
       parts, new = thin(self.low, state, self.ok)
-      low = gather_low(parts.x, self.slot, rule, self.plan)
-      u = Lifted(low, jnp.zeros([]), self.leaf.shape, self.leaf.dtype)
+      u = Lifted(parts.x, jnp.zeros([]), self.leaf.shape, self.leaf.dtype)
       if not lifted:
-        u = self.over_stack(lambda x, s: up(x, s, d))(low, new)
+        u = self.over_stack(lambda x, s: up(x, s, d))(parts.x, new)
         u = from_matrix(u, self.plan)
     else:
-      u, new = self.lift()
+      u, new = self.lift(lift_and_add)
     u = u if self.scale == 1 else jax.tree.map(lambda x: self.scale * x, u)
     # A state that was started over asks for a refresh; a rule without one is done.
     slot = Slot(self.slot.overdue * (rule.refresh is not None), new)
     return u if isinstance(u, Lifted) else u.astype(self.leaf.dtype), slot
 
-  def lift(self) -> tuple[jax.Array, Any]:
+  def lift(self, lift_and_add: Callable | None) -> tuple[jax.Array, Any]:
     """The update and the state of a rule whose steps read the gradient once more."""
-    plan, steps = self.plan, self.rule.steps
+    plan, steps, subspace = self.plan, self.rule.steps, self.rule.subspace
     assert plan.axes is not None and steps is not None
     d, k = plan.matrix
 
-    def one(g: jax.Array, state: Any, ok: jax.Array) -> tuple:
+    def one(leaf: jax.Array, state: Any, ok: jax.Array) -> tuple:
       """Of one matrix as it lies."""
-      low = steps.down(to_matrix(g, plan.one), state)
+      g = wide(leaf)
       lies = lambda x: from_matrix(jnp.broadcast_to(x, (d, k)), plan.one)
       total = lambda c: squares(lies(c) * g)
-      parts, new = steps.move(low, total, state, ok)
-      if parts.c is not None:
-        parts = parts._replace(c=lies(parts.c))
-      return formed(parts, g, lambda x: lies(steps.up(x, new, d))), new
+      low = steps.down(to_matrix(g, plan.one), state)
+      (x, c, y), new = steps.move(low, total, state, ok)
+      if lift_and_add and subspace and x is not None and plan.in_order:
+        c = jnp.broadcast_to(c, (1, k))
+        return lift_and_add(subspace(new, d), leaf, x, c, y, side=plan.side), new
+      return formed(Parts(x, lies(c), y), g, lambda x: lies(steps.up(x, new, d))), new
 
     stack, front = plan.axes[0], range(len(plan.stack))
-    g = jnp.moveaxis(wide(self.leaf), stack, front)
-    u, new = self.over_stack(one)(g, self.slot.state, self.ok)
+    leaf = jnp.moveaxis(self.leaf, stack, front)
+    u, new = self.over_stack(one)(leaf, self.slot.state, self.ok)
     return self.where_ok(jnp.moveaxis(u, front, stack)), new
 
   def where_ok(self, u: jax.Array) -> jax.Array:
@@ -176,11 +185,10 @@ def project(stacks: list[Stack]) -> list[Stack]:
   """The stacks with P'G where that is all a step needs, and flags that saw it."""
 
   def one(s: Stack) -> Stack:
-    if not s.thin:
+    if s.rule.steps is None or not s.thin:
       return s
     down, state = s.rule.steps.down, s.slot.state
     low = wide(s.leaf.low) if s.projected else s.over_stack(down)(s.g, state)
-    low = divide_low(low, s.slot, s.rule, s.plan)
     # A product with P spreads what is not finite; rows that are not chosen are not read.
     return s._replace(low=low, ok=s.ok & (squares(low, (-2, -1)) < LARGEST**2))
 

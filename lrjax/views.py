@@ -79,15 +79,20 @@ class LeafPlan(NamedTuple):
     return size(ins), size(outs)
 
   @property
+  def in_order(self) -> bool:
+    """Whether the leaf lies as (*stack, in, out), an axis each."""
+    n = len(self.shape)
+    return self.axes == (tuple(range(n - 2)), (n - 2,), (n - 1,))
+
+  @property
   def one(self) -> 'LeafPlan':
     """The plan of one matrix of the stack, its axes in the leaf's order."""
     assert self.axes is not None
-    kept = [a for a in range(len(self.shape)) if a not in self.axes[0]]
+    stack, ins, outs = self.axes
+    kept = [a for a in range(len(self.shape)) if a not in stack]
     place = lambda axes: tuple(kept.index(a) for a in axes)
-    return self._replace(
-      shape=tuple(self.shape[a] for a in kept),
-      axes=((), *map(place, self.axes[1:])),
-    )
+    shape = tuple(self.shape[a] for a in kept)
+    return self._replace(shape=shape, axes=((), place(ins), place(outs)))
 
 
 def leaf_path(path: Sequence[Any]) -> str:

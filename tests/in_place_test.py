@@ -66,12 +66,23 @@ def test_it_equals_updates(name):
   assert all(jax.tree.leaves(moved))
 
 
-def test_the_kernel_of_a_tpu_gives_the_same():
+KERNELS = {
+  'galore': lrjax.galore(1e-2, 8, weight_decay=0.3),
+  'fira': lrjax.fira(1e-2, 8),
+  'frugal': lrjax.frugal(1e-2, 0.1),
+}
+
+
+@pytest.mark.parametrize('name', KERNELS)
+def test_the_kernel_of_a_tpu_gives_the_same(name):
   params = {'a': {'kernel': draw(128, 256)}, 'b': {'kernel': draw(2, 256, 128)}}
   grads = [jax.tree.map(lambda x: draw(*x.shape), params)]
-  tx = lrjax.galore(1e-2, 8, weight_decay=0.3)
+  tx = KERNELS[name]
   want, got = both(tx, params, grads, implementation='interpret')
   jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-6), got, want)
+  step = lrjax.in_place(tx, implementation='interpret')
+  text = str(jax.make_jaxpr(step)(params, grads[0], tx.init(params)))
+  assert text.count('pallas_call[') == len(params)
 
 
 def test_bfloat16_weights_round_to_the_nearest_or_by_chance():

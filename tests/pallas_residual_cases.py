@@ -1,7 +1,5 @@
 """Rows for pallas_test: 8-bit Adam, residuals, column scores."""
 
-import functools
-
 import numpy as np
 
 from lrjax import kernels
@@ -11,35 +9,22 @@ from tests.pallas_cases import Case, basis, canonical, leaf, normal
 
 
 def transposed(canonical_oracle):
-  """An oracle whose first result is a leaf, from one of matrices (d, k)."""
-
-  def oracle(p, g, *rest, side):
-    first, *more = canonical_oracle(p, canonical(g, side), *rest)
-    return canonical(first, side), *more
-
-  return oracle
+  """An oracle whose result is a leaf, from one of matrices (d, k)."""
+  return lambda p, g, *rest, side: canonical(
+    canonical_oracle(p, canonical(g, side), *rest), side
+  )
 
 
-def fira(p, g, u, last):
-  """Residual in full, its norm measured, at most 1.01 times the last one."""
-  low = p.T @ g
-  phi = np.linalg.norm(u, axis=0) / np.linalg.norm(low, axis=0)
-  missed = (g - 0.25 * p @ low) * phi
-  shrink = max(np.linalg.norm(missed) / (1.01 * last), 1)
-  return p @ (0.25 * u) + missed / shrink, np.linalg.norm(missed) / shrink
+def make_parts(rng, d, k, r, side):
+  return basis(rng, d, r), leaf(rng, d, k, side), normal(rng, r, k), normal(rng, 1, k)
 
 
-def run_fira(p, g, u, last, **how):
-  low = kernels.project(p, g, side=how['side'], implementation='xla')
-  return kernels.scaled_residual(p, g, low, u, last, scale=0.25, **how)
-
-
-def make_frugal(rng, d, k, r, side):
-  p, low, u = basis(rng, d, r), normal(rng, r, k), normal(rng, r, k)
-  g, inside = normal(rng, d, k), p @ low
+def make_signed(rng, d, k, r, side):
+  p, y, x = basis(rng, d, r), normal(rng, r, k), normal(rng, r, k)
+  g, inside = normal(rng, d, k), p @ y
   # No entry so small that roundings have a say in its sign.
   g = np.where(np.abs(g - inside) < 0.05, inside + 0.1, g).astype(np.float32)
-  return p, canonical(g, side), low, u
+  return p, canonical(g, side), x, normal(rng, 1, k), y
 
 
 def make_8bit(rng, d, k, r, side):
@@ -73,24 +58,17 @@ def adam_oracle(g, state, side):
 
 CASES = [
   Case(
-    'fira',
-    run=run_fira,
-    make=lambda rng, d, k, r, side: (
-      basis(rng, d, r),
-      leaf(rng, d, k, side),
-      normal(rng, r, k),
-      np.float32(20),
-    ),
-    oracle=transposed(fira),
+    'lift_and_add',
+    run=kernels.lift_and_add,
+    make=make_parts,
+    oracle=transposed(lambda p, g, x, c: p @ x + c * g),
     leaves=(1,),
   ),
   Case(
-    'frugal',
-    run=functools.partial(kernels.signed_residual, scale=0.5, inactive_scale=0.1),
-    make=make_frugal,
-    oracle=transposed(
-      lambda p, g, low, u: (0.5 * (p @ u + 0.1 * np.sign(g - p @ low)),)
-    ),
+    'lift_and_add of a sign',
+    run=kernels.lift_and_add,
+    make=make_signed,
+    oracle=transposed(lambda p, g, x, c, y: p @ x + c * np.sign(g - p @ y)),
     leaves=(1,),
   ),
   Case(

@@ -12,6 +12,7 @@ from samples import gradients, matrix
 import lrjax
 from lrjax import residuals
 from lrjax.residuals.scaled import limited
+from lrjax.stacks import formed
 from lrjax.testing import trajectory
 
 SHAPES = {'tall': (12, 8), 'wide': (8, 12)}
@@ -70,19 +71,46 @@ def test_the_residual_is_orthogonal_to_the_basis_in_the_form_of_the_paper():
   np.testing.assert_allclose(b.down(p, out), low, atol=1e-5)
 
 
-def test_the_norm_follows_from_those_of_columns():
-  # For orthonormal P; what a fused kernel could use.
-  b, g, a = lrjax.svd(3), matrix((8, 12)), 0.25
-  p = b.fit(None, matrix((8, 12), 1), b.init(8, 12, g.dtype))
-  low = b.down(p, g)
-  u = jnp.sign(low)
-  r = residuals.fira(a)
-  _, last = r.after(g, low, u, lambda x: b.up(p, x, 8), r.init(g))
-  squares = lambda x: np.square(np.asarray(x, float)).sum(0)
-  kept = squares(g) - (2 * a - a**2) * squares(low)
-  np.testing.assert_allclose(
-    last**2, (squares(u) / squares(low) * kept).sum(), rtol=1e-5
-  )
+EVERY = [
+  *(
+    residuals.fira(0.25, mode, per=per)
+    for mode in ('official', 'paper')
+    for per in ('channel', 'tensor')
+  ),
+  residuals.scale_full(2.0),
+  *(residuals.state_free(rule, 0.3, 0.5) for rule in ('sign', 'sgd')),
+]
+
+
+@pytest.mark.parametrize('residual', EVERY)
+def test_parts_are_the_update_where_the_basis_is_orthonormal(residual):
+  p = jnp.linalg.qr(matrix((8, 3), 1, decay=1))[0]
+  # Unlike columns: a ratio for all of them is not that of any.
+  g = matrix((8, 12)) * jnp.linspace(0.1, 2, 12)[None]
+  low, u = p.T @ g, matrix((3, 12), 2)
+  up = lambda x: p @ x
+  # The first step; a norm that grows too fast; no such.
+  norms = [jnp.float32(x) for x in (-1, 0.5, 1e6)]
+  for last in norms if jax.tree.leaves(residual.init(g)) else [()]:
+    want, want_last = residual.after(g, low, u, up, last)
+    parts, got_last = residual.parts(lambda c: jnp.sum((c * g) ** 2), low, u, last)
+    np.testing.assert_allclose(formed(parts, g, up), want, atol=1e-5)
+    np.testing.assert_allclose(got_last, want_last, rtol=1e-5)
+
+
+def test_parts_where_the_subspace_misses_nothing_or_the_norm_overflows():
+  p = jnp.linalg.qr(matrix((8, 3), 1, decay=1))[0]
+  low, u, up = matrix((3, 12)), matrix((3, 12), 2), lambda x: p @ x
+  residual = residuals.fira(1.0)
+  # The sums of squares cancel: what is left is rounding, and no root of a negative.
+  g = p @ low
+  total = lambda c: jnp.sum((c * g) ** 2)
+  parts, last = residual.parts(total, low, u, jnp.float32(5))
+  np.testing.assert_allclose(formed(parts, g, up), p @ u, atol=1e-5)
+  assert 0 <= last <= 5
+  parts, last = residual.parts(lambda c: jnp.inf, low, u, jnp.float32(5))
+  np.testing.assert_allclose(formed(parts, g, up), p @ u, atol=1e-5)
+  assert last == 5
 
 
 def test_a_column_the_subspace_misses_gives_no_nan():
