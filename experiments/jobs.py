@@ -40,7 +40,7 @@ class Job:
   @functools.cached_property
   def moved(self) -> int:
     """The bytes that must be moved for one matrix."""
-    args = self._shapes()
+    args = self.shapes()
     call = functools.partial(self.operation.call, implementation='xla')
     arrays = jax.tree.leaves((args, jax.eval_shape(call, *args)))
     return sum(x.size * x.dtype.itemsize for x in arrays)
@@ -48,7 +48,7 @@ class Job:
   def key(self) -> tiles.Key:
     """The row of the table of tiles that the present device looks up for it."""
     with tiles.lookups() as found:
-      jax.eval_shape(self._call(None), *self._shapes(stack=(1,)))
+      jax.eval_shape(self.call(None), *self.shapes(stack=(1,)))
     # Were it several rows, no one time could tell which tile is the best of each.
     (key,) = {*found}
     return key
@@ -66,10 +66,11 @@ class Job:
     stack = max(1, math.ceil(megabytes * 2**20 / self.moved))
     keys = jax.random.split(_key(), stack)
     args = jax.jit(jax.vmap(self._inputs))(keys)
-    run = timing.sampler(self._call(implementation), args, self.operation.replaced)
+    run = timing.sampler(self.call(implementation), args, self.operation.replaced)
     return lambda: run() / stack
 
-  def _call(self, implementation: str | None) -> Callable[..., tuple]:
+  def call(self, implementation: str | None) -> Callable[..., tuple]:
+    """`(*arguments) -> results`, of a stack."""
     call = self.operation.call
     return jax.vmap(lambda *args: call(*args, implementation=implementation))
 
@@ -80,7 +81,8 @@ class Job:
     low, u = (draw(key, self.r, self.k) for key in keys[2:4])
     return self.operation.inputs(Matrices(p, leaf, low, u, keys[4]))
 
-  def _shapes(self, stack: tuple[int, ...] = ()) -> tuple:
+  def shapes(self, stack: tuple[int, ...] = ()) -> tuple:
+    """Its arguments."""
     shapes = jax.eval_shape(self._inputs, _key())
     add = lambda x: jax.ShapeDtypeStruct((*stack, *x.shape), x.dtype)
     return jax.tree.map(add, shapes)
