@@ -74,18 +74,18 @@ class Job:
     call = self.operation.call
     return jax.vmap(lambda *args: call(*args, implementation=implementation))
 
+  def shapes(self, stack: tuple[int, ...] = ()) -> tuple:
+    """Of its arguments: of one matrix, or of a stack of so many."""
+    shapes = jax.eval_shape(self._inputs, _key())
+    add = lambda x: jax.ShapeDtypeStruct((*stack, *x.shape), x.dtype)
+    return jax.tree.map(add, shapes)
+
   def _inputs(self, key: jax.Array) -> tuple:
     keys = [jax.random.fold_in(key, i) for i in range(5)]
     p = draw(keys[0], self.d, self.r) / math.sqrt(self.d)
     leaf = draw(keys[1], self.d, self.k).astype(self.dtype)
     low, u = (draw(key, self.r, self.k) for key in keys[2:4])
     return self.operation.inputs(Matrices(p, leaf, low, u, keys[4]))
-
-  def shapes(self, stack: tuple[int, ...] = ()) -> tuple:
-    """Its arguments."""
-    shapes = jax.eval_shape(self._inputs, _key())
-    add = lambda x: jax.ShapeDtypeStruct((*stack, *x.shape), x.dtype)
-    return jax.tree.map(add, shapes)
 
 
 def _key() -> jax.Array:

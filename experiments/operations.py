@@ -99,7 +99,9 @@ def _sparse_inputs(m: Matrices) -> tuple:
   return x, m.p.astype(dtype), m.low.astype(dtype), values, index, dy
 
 
-def _sparse(x: Any, a: Any, b: Any, values: Any, index: Any, dy: Any, **how: Any):
+def _sparse(
+  x: Any, a: Any, b: Any, values: Any, index: Any, dy: Any, **how: Any
+) -> tuple:
   """Forward and backward: they are run with one tile."""
   how |= dict(index=index, shards=_blocks(len(a), b.shape[1]))
   f = functools.partial(kernels.sparse_plus_low_rank_matmul, **how)
