@@ -1,6 +1,6 @@
 # make demo    trains AdamW and GaLore side by side, and says where the report is
 # make test    all tests, doctests and notebooks
-# make bench   optimizer steps and whole training steps timed side by side
+# make bench   optimizer steps, whole training steps and single operations timed
 # make lint    style;  make types  annotations
 # make clean   removes all that was made here, except runs/
 #
@@ -27,6 +27,7 @@ test: $(VENV)/dev
 bench: $(VENV)/experiments
 	$(python) -m experiments.bench --out runs/bench
 	$(python) -m experiments.bench --size tiny --tokens 4096 --rounds 11 --out runs/bench_training
+	$(python) -m experiments.bench --size tiny --kernels --megabytes 64 --out runs/bench_kernels
 
 lint: $(VENV)/dev
 	$(python) -m ruff check .

@@ -1,6 +1,5 @@
 """What `experiments.bench` times: optimizers alone, whole training steps, torch's."""
 
-import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -39,6 +38,10 @@ class Method(NamedTuple):
   sketched: bool = False
 
 
+def _bytes(tree: Any) -> int:
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
 class Contestant(Protocol):
   """One method, and the seconds its steps took.
 
@@ -46,6 +49,7 @@ class Contestant(Protocol):
     refresh: of each round's first step, which fits the bases.
     steady: of the steps that do not, `STEADY` a round.
     state_bytes: of the optimizer's state.
+    moved_bytes: that a steady step must move, None where nobody knows.
     temporary_bytes: of a steady step, None where nobody tells.
     refresh_temporary_bytes: of a refresh.
     compile_seconds: of all programs it needs.
@@ -54,6 +58,7 @@ class Contestant(Protocol):
   refresh: list[float]
   steady: list[float]
   state_bytes: int
+  moved_bytes: int | None
   temporary_bytes: int | None
   refresh_temporary_bytes: int | None
   compile_seconds: float
@@ -66,15 +71,15 @@ class Contestant(Protocol):
 class _Timed:
   """The programs of a method, `(params, state, *args) -> (params, state, ...)`."""
 
+  moved_bytes: int | None = None
+
   def __init__(self, init: Callable, params: Any, args: tuple):
     self.init, self.params, self.args = jax.jit(init), params, args
     self.refresh: list[float] = []
     self.steady: list[float] = []
     self.compile_seconds = 0.0
     self.state = jax.eval_shape(init, params)
-    self.state_bytes = sum(
-      x.size * x.dtype.itemsize for x in jax.tree.leaves(self.state)
-    )
+    self.state_bytes = _bytes(self.state)
 
   def compiled(self, step: Callable, *args: Any) -> tuple[Callable, int | None]:
     """A step that donates, on `args` or those of all steps; bytes of its temporaries."""
@@ -110,8 +115,9 @@ class OptimizerStep(_Timed):
     self.first, self.refresh_temporary_bytes = self.compiled(step)
     self.later, self.temporary_bytes = self.first, self.refresh_temporary_bytes
     if method.projected:
-      low = _projected(method.tx, grads)
-      self.later, self.temporary_bytes = self.compiled(step, low)
+      grads = _projected(method.tx, grads)
+      self.later, self.temporary_bytes = self.compiled(step, grads)
+    self.moved_bytes = _bytes(grads) + 2 * (_bytes(self.params) + self.state_bytes)
 
   def round(self) -> None:
     self.run(self.first, self.later)
@@ -181,6 +187,7 @@ class TrainingStep(_Timed):
 class TorchStep:
   """An optimizer of torch's world on the same gradients, in eager mode as it comes."""
 
+  moved_bytes: int | None = None
   temporary_bytes: int | None = None
   refresh_temporary_bytes: int | None = None
   compile_seconds: float = 0.0
@@ -238,15 +245,3 @@ def _tensors(state: Any) -> list:
   if isinstance(state, (list, tuple)):
     return [x for v in state for x in _tensors(v)]
   return _tensors(vars(state)) if hasattr(state, '__dict__') else []
-
-
-def tokens_for(config: LlamaConfig, count: int, length: int) -> jax.Array:
-  """Random ids (count / length, length + 1)."""
-  rng = np.random.default_rng(0)
-  ids = rng.integers(0, config.vocab_size, (count // length, length + 1))
-  return jnp.asarray(ids, jnp.int32)
-
-
-def with_layers(config: LlamaConfig, layers: int | None) -> LlamaConfig:
-  """The model with so many layers; None: all."""
-  return config if layers is None else dataclasses.replace(config, num_layers=layers)

@@ -2,8 +2,9 @@
 
 Every operation runs on stacks of the matrices of one model with each of the tiles that
 lrjax/kernels/tiles.json lists for the platform, in turns within one process. The fastest
-one is added to that table, under the device's name, and is what kernels run with there
-from then on.
+one is added to that table, under the key that the operation itself looks up there, and is
+what kernels run with on such a device from then on. A key does not tell how P is stored:
+its tile is tuned on floats, or on what `--operations project_int4` alone says.
 """
 
 import dataclasses
@@ -12,19 +13,14 @@ import os
 import pathlib
 import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
-from experiments import command_line, errors
-from lrjax import kernels
+from experiments import command_line, errors, timing
+from experiments.jobs import Job, check, jobs
 from lrjax.kernels import tiles
-from lrjax.models.llama_config import LLAMA_SIZES
-
-CALLS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,159 +32,57 @@ class Command:
     rank: of the projections.
     dtype: of gradients and weights.
     operations: with commas between; empty: all.
-    stack: matrices in a stack; enough that no cache holds them.
+    megabytes: MiB that a call must move, in a stack of as many matrices; more than caches
+      hold, and enough that a call takes longer than to start it.
     rounds: how often each tile is timed; medians are over them.
     table: the file that is read and extended.
   """
 
   size: str = '350m'
   rank: int = 256
-  dtype: str = 'bfloat16'
+  dtype: Literal['float32', 'bfloat16'] = 'bfloat16'
   operations: tuple[str, ...] = ()
-  stack: int = 8
+  megabytes: int = 512
   rounds: int = 5
   table: str = str(tiles.PATH)
 
 
-class Tunable(NamedTuple):
-  """How an operation is run for the sake of its time.
-
-  Attributes:
-    make: `(key, d, k, r, dtype) -> (donated, fixed)`, trees of arrays of one matrix.
-    run: `(donated, fixed, implementation) -> (donated, results)`.
-  """
-
-  make: Callable
-  run: Callable
-
-
-class Job(NamedTuple):
-  """An operation on matrices (d, k) at rank r."""
-
-  operation: str
-  sizes: dict[str, int]
-  dtype: str
-
-
-def _project_inputs(key: jax.Array, d: int, k: int, r: int, dtype: Any) -> tuple:
-  return (), (_basis(d, r), jax.random.normal(key, (d, k), dtype))
-
-
-def _project(_: tuple, fixed: tuple, implementation: str) -> tuple:
-  return (), kernels.project(*fixed, implementation=implementation)
-
-
-def _adam_inputs(key: jax.Array, d: int, k: int, r: int, dtype: Any) -> tuple:
-  g = jax.random.normal(key, (d, k), dtype)
-  return (jnp.zeros((r, k)), jnp.zeros((r, k))), (_basis(d, r), g, jnp.int32(0))
-
-
-def _adam(moments: tuple, fixed: tuple, implementation: str) -> tuple:
-  p, g, count = fixed
-  n, mu, nu = kernels.low_rank_adam(
-    p, g, moments[0], moments[1], count, implementation=implementation
-  )
-  return (mu, nu), n
-
-
-def _lift_inputs(key: jax.Array, d: int, k: int, r: int, dtype: Any) -> tuple:
-  w = jax.random.normal(key, (d, k), dtype)
-  return w, (_basis(d, r), jax.random.normal(key, (r, k)))
-
-
-def _lift(w: jax.Array, fixed: tuple, implementation: str) -> tuple:
-  how = dict(rate=1e-3, decay=0.1, implementation=implementation)
-  return kernels.lift_and_apply(w, *fixed, **how), ()
-
-
-def _basis(d: int, r: int) -> jax.Array:
-  return jnp.eye(d, r)
-
-
-TUNABLE = {
-  'project': Tunable(_project_inputs, _project),
-  'low_rank_adam': Tunable(_adam_inputs, _adam),
-  'lift_and_apply': Tunable(_lift_inputs, _lift),
-}
-
-
-def jobs(asked: Command) -> list[Job]:
-  """What is tuned, one job for each operation and shape class."""
-  config = LLAMA_SIZES[asked.size]
-  d, r = config.hidden_size, asked.rank
-  found = {}
-  for operation in asked.operations or TUNABLE:
-    for k in (config.hidden_size, config.intermediate_size):
-      job = Job(operation, dict(d=d, k=k, r=r), asked.dtype)
-      found[operation, tiles.shape_class(job.sizes)] = job
-  return [*found.values()]
-
-
-def sampler(job: Job, platform: str, stack: int) -> Callable[[], float]:
-  """A function that runs a job some times and returns seconds per run.
-
-  Raises:
-    ValueError: if no tile fits.
-  """
-  tunable = TUNABLE[job.operation]
-  keys = jax.random.split(jax.random.key(0), stack)
-  make = lambda key: tunable.make(key, *job.sizes.values(), jnp.dtype(job.dtype))
-  donated, fixed = jax.jit(jax.vmap(make))(keys)
-  run = jax.vmap(lambda donated, fixed: tunable.run(donated, fixed, platform))
-  compiled = jax.jit(run, donate_argnums=0).lower(donated, fixed).compile()
-  state = [donated, None]
-
-  def sample() -> float:
-    start = time.perf_counter()
-    for _ in range(CALLS):
-      state[0], state[1] = compiled(state[0], fixed)
-    jax.block_until_ready(state)
-    return (time.perf_counter() - start) / CALLS
-
-  sample()  # warms up and does not count
-  return sample
+def tuned(asked: Command) -> dict[tiles.Key, Job]:
+  """For each row of the table the first job that looks it up on the present device."""
+  found: dict[tiles.Key, Job] = {}
+  for job in jobs(asked.size, asked.rank, asked.dtype, asked.operations):
+    # On the longer side too: `side` of an optimizer may be 'long', layers have both.
+    for one in (job, dataclasses.replace(job, d=job.k, k=job.d)):
+      found.setdefault(one.key(), one)
+  return found
 
 
 def tune(
-  table: tiles.Table,
-  job: Job,
-  device: tiles.Device,
-  rounds: int,
-  prepare: Callable[[Job, str], Callable[[], float]],
+  table: tiles.Table, key: tiles.Key, job: Job, asked: Command
 ) -> dict[str, Any] | None:
   """The row that a job adds to the table; None where no tile fits."""
-  samplers = []
-  for tile in table.candidates[job.operation][device.platform]:
+  platform, found = tiles.present().platform, []
+  for tile in table.candidates[key.operation][platform]:
     with tiles.only(tile):
       # Whatever a compiler says against a tile, another one may do.
       try:
-        samplers.append((tile, prepare(job, device.platform)))
+        found.append((tile, job.sampler(platform, asked.megabytes)))
       except (ValueError, jax.errors.JaxRuntimeError) as e:
-        print(f'{job.operation}, {tile}: {str(e)[:200]}', file=sys.stderr)
-  # In turns, so that a device whose clock drifts slows all of them alike.
-  seconds = [[sample() for _, sample in samplers] for _ in range(rounds)]
-  if not samplers:
+        print(f'{job.name}, {tile}: {str(e)[:200]}', file=sys.stderr)
+  if not found:
     return None
-  medians = [statistics.median(column) for column in zip(*seconds)]
-  best = min(range(len(samplers)), key=medians.__getitem__)
-  return dict(
-    operation=job.operation,
-    device=device.kind,
-    shape=tiles.shape_class(job.sizes),
-    dtype=job.dtype,
-    tile=samplers[best][0],
-    microseconds=round(1e6 * medians[best], 2),
-  )
+  seconds = timing.in_turns([sample for _, sample in found], asked.rounds)
+  medians = [statistics.median(s) for s in seconds]
+  best = min(range(len(found)), key=medians.__getitem__)
+  microseconds = round(1e6 * medians[best], 2)
+  return key._asdict() | dict(tile=found[best][0], microseconds=microseconds)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command; returns the exit code."""
   try:
     asked = command_line.parse_flags(sys.argv[1:] if argv is None else argv, Command)
-    if asked.size not in LLAMA_SIZES:
-      raise errors.ConfigError(f'size: {asked.size!r}; known: {", ".join(LLAMA_SIZES)}')
-    if unknown := {*asked.operations} - {*TUNABLE}:
-      raise errors.ConfigError(f'operations: {unknown}; known: {", ".join(TUNABLE)}')
+    check(asked.size, asked.rank, asked.operations)
     path = pathlib.Path(asked.table)
     table = _read(path)
     device = tiles.present()
@@ -200,10 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   except errors.ConfigError as e:
     print(f'error: {e}', file=sys.stderr)
     return errors.EXIT_BAD_CONFIG
-  prepare = lambda job, platform: sampler(job, platform, asked.stack)
-  for job in jobs(asked):
-    row = tune(table, job, device, asked.rounds, prepare)
-    print(f'{job}: no tile fits' if row is None else json.dumps(row))
+  for key, job in tuned(asked).items():
+    row = tune(table, key, job, asked)
+    print(f'{key}: no tile fits' if row is None else json.dumps(row))
     if row is not None:
       table = extended(table, row)
       write(table, path)
@@ -212,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def extended(table: tiles.Table, row: dict[str, Any]) -> tiles.Table:
   """The table with a row in place of an older one of the same key."""
-  key = (row['operation'], row['device'], row['shape'], row['dtype'])
+  key = tiles.Key(*(row[name] for name in tiles.Key._fields))
   return table._replace(tuned=table.tuned | {key: row})
 
 

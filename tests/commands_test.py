@@ -5,9 +5,10 @@ import json
 import pytest
 
 import lrjax
-from experiments import bench, compare, memory, train
+from experiments import bench, bench_operations, compare, jobs, memory, train
 from experiments.optimizers import METHODS
 from experiments.presets import PRESETS
+from lrjax.kernels import tiles
 
 pytestmark = pytest.mark.slow
 SMALL = {
@@ -158,10 +159,15 @@ def test_memory_prints_a_table(capsys):
 
 
 def test_bench_compares_in_turns():
-  found = bench.run(bench.Command('smoke', rank=8, rounds=1), say=lambda text: None)
+  found = bench.run(bench.Command('smoke', rank=8, rounds=1))
   assert found['found']['optax.adamw']['steady_ratio'] == 1.0
   small = found['found']['lrjax.galore']['state_bytes']
   assert 0 < small < found['found']['optax.adamw']['state_bytes']
+  adam = found['found']['optax.adamw']
+  # Of Adam 7 numbers for each weight, of which its state holds 2, and a count.
+  moved = adam['bytes_per_s'] * adam['steady_ms'] / 1e3
+  assert moved == pytest.approx(3.5 * adam['state_bytes'], rel=1e-3)
+  assert adam['of_copy'] == adam['bytes_per_s'] / found['ceilings']['bytes_per_s']
   text = bench.report(found)
   assert all(name in text for name in found['found']) and 'GFLOP/s' in text
 
@@ -179,3 +185,50 @@ def test_bench_times_whole_training_steps(tmp_path, capsys):
   assert projected['refresh_temporary_bytes'] == full['temporary_bytes']
   assert (tmp_path / 'bench' / 'bench.md').read_text() in capsys.readouterr().out
   assert bench.main(['--tokens', '100', '--length', '64']) == 2
+
+
+def test_bench_times_operations(tmp_path, capsys, monkeypatch):
+  names = ['lift_and_apply', 'column_scores']
+  monkeypatch.setattr(jobs, 'OPERATIONS', {n: jobs.OPERATIONS[n] for n in names})
+  flags = ['--size', 'smoke', '--kernels', '--rounds', '1', '--megabytes', '1']
+  assert bench.main([*flags, '--out', str(tmp_path)]) == 0
+  assert (tmp_path / 'bench.md').read_text() in capsys.readouterr().out
+  result = json.loads((tmp_path / 'bench.json').read_text())
+  assert result['ceilings']['flops'].keys() == {'float32', 'highest'}
+  shapes = {f'{name}, 64 x {k}, r = 16' for name in names for k in (64, 176)}
+  assert result['found'].keys() == shapes
+  # No kernel is for a CPU.
+  assert all(forms.keys() == {'xla'} for forms in result['found'].values())
+  assert bench.main(['--kernels', '--tokens', '256']) == 2
+  assert 'tokens' in capsys.readouterr().err
+
+
+class FakeJob:
+  """An operation whose forms take known seconds, one a round."""
+
+  d, k, r, products = 8, 16, 4, 'bfloat16'
+  moved, flops = 2e6, 4e9
+
+  def __init__(self, name, **seconds):
+    self.name, self.seconds = name, seconds
+
+  def sampler(self, form, megabytes):
+    if form not in self.seconds:
+      raise ValueError('no tile fits')
+    return iter(self.seconds[form]).__next__
+
+
+def test_bench_sets_kernels_beside_xla_and_the_ceilings(monkeypatch, capsys):
+  monkeypatch.setattr(tiles, 'present', lambda: tiles.Device('gpu', 'NVIDIA'))
+  both = FakeJob('project', xla=[2e-3, 4e-3, 3e-3], gpu=[1e-3, 1e-3, 3e-3])
+  alone = FakeJob('column_scores', xla=[2e-3] * 3)
+  ceilings = dict(bytes_per_s=4e9, flops=dict(bfloat16=8e12))
+  found = bench_operations.measure([both, alone], 3, 512, ceilings)
+  kernel = found['project, 8 x 16, r = 4']['gpu']
+  reached = dict(bytes_per_s=2e9, of_copy=0.5, flops=4e12, of_products=0.5)
+  for key, value in (dict(microseconds=1000, ratio=0.5) | reached).items():
+    assert kernel[key] == pytest.approx(value), key
+  assert found['column_scores, 8 x 16, r = 4'].keys() == {'xla'}
+  assert 'no tile fits' in capsys.readouterr().err
+  row = '| gpu | 1000.0 | 0.50 | 2.0 | 0.50 | 4 | 0.50 in bfloat16 |'
+  assert row in bench_operations.table(found)

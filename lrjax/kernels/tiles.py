@@ -17,7 +17,6 @@ PATH = pathlib.Path(__file__).with_name('tiles.json')
 PLATFORMS = ('tpu', 'gpu')
 # Names of the axes of a matrix (d, k) and of a rank r.
 AXES = ('d', 'k', 'r', 't')
-KEYS = {'operation', 'device', 'shape', 'dtype', 'tile', 'microseconds'}
 
 Tile = dict[str, int]
 
@@ -29,21 +28,36 @@ class Device(NamedTuple):
   kind: str
 
 
+class Key(NamedTuple):
+  """What a tuned row is found by: `device` is a kind, `shape` a class of sizes."""
+
+  operation: str
+  device: str
+  shape: str
+  dtype: str
+
+
+KEYS = {*Key._fields, 'tile', 'microseconds'}
+
+
 class Table(NamedTuple):
   """What tiles.json holds.
 
   Attributes:
     candidates: operation -> platform -> tiles, the first that fits is the default.
-    tuned: (operation, device kind, shape class, dtype) -> row; the row's 'tile' was the
-      fastest of the candidates and took 'microseconds'.
+    tuned: key -> row; the row's 'tile' was the fastest of the candidates and took
+      'microseconds', of one matrix.
   """
 
   candidates: dict[str, dict[str, list[Tile]]]
-  tuned: dict[tuple[str, str, str, str], dict[str, Any]]
+  tuned: dict[Key, dict[str, Any]]
 
 
 _only: contextvars.ContextVar[Tile | None] = contextvars.ContextVar(
   'tile', default=None
+)
+_lookups: contextvars.ContextVar[list[Key] | None] = contextvars.ContextVar(
+  'lookups', default=None
 )
 
 
@@ -55,6 +69,17 @@ def only(tile: Tile) -> Iterator[None]:
     yield
   finally:
     _only.reset(token)
+
+
+@contextlib.contextmanager
+def lookups() -> Iterator[list[Key]]:
+  """Notes what operations look up for the present device, so that tuning can add it."""
+  found: list[Key] = []
+  token = _lookups.set(found)
+  try:
+    yield found
+  finally:
+    _lookups.reset(token)
 
 
 def present() -> Device:
@@ -102,15 +127,16 @@ def choose(
   full = lambda tile: all(n < 2 * sizes[a] for a, n in tile.items())
   candidates = table.candidates.get(operation, {}).get(platform, [])
   found = [tile for tile in candidates if full(tile) and fits(tile)]
+  best, here = None, present()
+  if here.platform == platform:
+    key = Key(operation, here.kind, shape_class(sizes), jnp.dtype(dtype).name)
+    best = table.tuned.get(key, {}).get('tile')
+    if (noted := _lookups.get()) is not None:
+      noted.append(key)
   if (tile := _only.get()) is not None:
     return tile if tile in found else None
-  here = present()
-  if here.platform == platform:
-    key = (operation, here.kind, shape_class(sizes), jnp.dtype(dtype).name)
-    # A class holds several shapes, and a tile may be too large for some of them.
-    if key in table.tuned and (best := table.tuned[key]['tile']) in found:
-      return best
-  return found[0] if found else None
+  # A class holds several shapes, and a tile may be too large for some of them.
+  return best if best in found else next(iter(found), None)
 
 
 @functools.cache
@@ -145,7 +171,7 @@ def parse(content: Any) -> Table:
   tuned = {}
   for row in content['tuned']:
     _check_keys('a row of tuned', row, KEYS)
-    key = tuple(row[name] for name in ('operation', 'device', 'shape', 'dtype'))
+    key = Key(*(row[name] for name in Key._fields))
     if not all(isinstance(part, str) for part in key):
       raise ValueError(f'row {row!r}: operation, device, shape and dtype are strings')
     known = candidates.get(row['operation'], {})
