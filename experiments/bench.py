@@ -21,6 +21,7 @@ from experiments import (
   command_line,
   errors,
   jobs,
+  one_process,
   provenance,
   rundir,
   timing,
@@ -138,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   except errors.ConfigError as e:
     print(f'error: {e}', file=sys.stderr)
     return errors.EXIT_BAD_CONFIG
+  one_process()
   result = run(asked)
   print(report(result))
   if asked.out is not None:

@@ -156,15 +156,12 @@ OPERATIONS = {
     lambda d, k, r: 0,
     replaced={1: 1},
   ),
-  # Its norm takes a pass over G before the one that writes, which here counts as none.
-  'scaled_residual': Operation(
-    lambda m: (m.p, m.leaf, m.low, m.u, jnp.float32(-1)),
-    kernels.scaled_residual,
-    _product,
+  'lift_and_add': Operation(
+    lambda m: (m.p, m.leaf, m.low, m.u[:1]), _single(kernels.lift_and_add), _product
   ),
-  'signed_residual': Operation(
-    lambda m: (m.p, m.leaf, m.low, m.u),
-    _single(kernels.signed_residual),
+  'lift_and_add_sign': Operation(
+    lambda m: (m.p, m.leaf, m.low, m.u[:1], m.u),
+    _single(kernels.lift_and_add),
     lambda d, k, r: 2 * _product(d, k, r),
   ),
   'column_scores': Operation(
