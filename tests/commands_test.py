@@ -159,7 +159,7 @@ def test_memory_prints_a_table(capsys):
 
 
 def test_bench_compares_in_turns():
-  found = bench.run(bench.Command('smoke', rank=8, rounds=1))
+  found = bench.run(bench.Command('smoke', rank=8, rounds=1, layers=1))
   assert found['found']['optax.adamw']['steady_ratio'] == 1.0
   small = found['found']['lrjax.galore']['state_bytes']
   assert 0 < small < found['found']['optax.adamw']['state_bytes']

@@ -54,7 +54,8 @@ def scale_by_fira(
   State per matrix: `r d + 2 r k + 1` floats and two counts of 4 bytes; GaLore's and one.
 
   Choose it over GaLore where the rank must be small: it loses little then, for one more
-  product a step (about `6 d k r` flops in all) and a full-size temporary.
+  reading of the gradient a step. With an orthonormal basis, as all but `gaussian` are, S is
+  not formed, see `lrjax.residuals.fira`, and a step has GaLore's `4 d k r` flops.
 
   Args:
     rank: r: an int, a fraction of the smaller axis, or rules `[(pattern, either)]`.
