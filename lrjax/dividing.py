@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lrjax.codecs.dynamic import Dynamic8, block_of
 from lrjax.specs import check_spec, merged, names
+from lrjax.types import MatrixTransform
 from lrjax.views import LeafPlan, leaf_path
 
 
@@ -23,7 +25,7 @@ class _Division(NamedTuple):
 
 
 _division: contextvars.ContextVar = contextvars.ContextVar('division', default=None)
-_plan: contextvars.ContextVar = contextvars.ContextVar('plan', default=None)
+_leaf: contextvars.ContextVar = contextvars.ContextVar('leaf', default=None)
 
 
 def divided(
@@ -103,13 +105,13 @@ def divided(
 
 
 @contextlib.contextmanager
-def at_leaf(plan: LeafPlan) -> Iterator[None]:
-  """Tells `by_columns` of which leaf the matrix is."""
-  token = _plan.set(plan)
+def at_leaf(plan: LeafPlan, own: bool) -> Iterator[None]:
+  """Tells `by_columns` of which leaf the matrix is, and whether low is placed already."""
+  token = _leaf.set((plan, own))
   try:
     yield
   finally:
-    _plan.reset(token)
+    _leaf.reset(token)
 
 
 def by_columns(f: Callable, low: jax.Array, inner: Any) -> tuple:
@@ -123,15 +125,16 @@ def by_columns(f: Callable, low: jax.Array, inner: Any) -> tuple:
     low: (r, k), column j of column j of the matrix.
     inner: state of the inner optimizer.
   """
-  plan = _plan.get()
+  plan, placed = _leaf.get() or (None, False)
   specs = None if plan is None else low_specs(inner, plan)
   if specs is None:
     return low, *f(low)
   # A stack is mapped over, and the constraints leave its axes as they are.
   whole, own = (PartitionSpec(*spec[-2:]) for spec in specs)
-  # First whole: a sum of all devices, then a part of it; left to itself the partitioner
-  # made arrays whole on the way.
-  low = _constrained(low, whole)
+  if not placed:
+    # First whole: a sum of all devices, then a part of it; left to itself the partitioner
+    # made arrays whole on the way.
+    low = _constrained(low, whole)
   u, inner = f(_constrained(low, own))
   return low, _constrained(_constrained(u, own), whole), inner
 
@@ -159,6 +162,15 @@ def low_specs(inner: Any, plan: LeafPlan) -> tuple[PartitionSpec, PartitionSpec]
     return None
   front = [full[a] for a in stack]
   return PartitionSpec(*front, None, k), PartitionSpec(*front, None, both)
+
+
+def own_columns(rule: MatrixTransform, plan: LeafPlan) -> NamedSharding | None:
+  """Each device's own columns of P'G (*stack, r, k), within `divided`; None: all."""
+  if _division.get() is None:
+    return None
+  one = jax.eval_shape(rule.init, jax.ShapeDtypeStruct(plan.matrix, jnp.float32))
+  specs = low_specs(getattr(one, 'inner', None), plan)
+  return None if specs is None else NamedSharding(_division.get().mesh, specs[1])
 
 
 def _cuts_blocks(inner: Any, parts: int) -> bool:

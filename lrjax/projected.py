@@ -1,11 +1,12 @@
 """Gradients that are projected in the backward pass, for optimizers that ask no more."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 from lrjax.checks import closest
 from lrjax.matrices import MatricesState, nodes
@@ -86,7 +87,9 @@ def projected_value_and_grad(
 
   def run(params: Any, opt_state: Any, *args: Any) -> tuple[Any, Any]:
     bases = bases_of(tx, params, opt_state)
-    value, found = thin_gradients(loss, params, bases, args, keep=keep, has_aux=has_aux)
+    own = noted(tx, params)[0].own
+    how = dict(keep=keep, has_aux=has_aux, own=own)
+    value, found = thin_gradients(loss, params, bases, args, **how)
 
     def gradient(path: Any, x: jax.Array) -> Any:
       name = leaf_path(path)
@@ -149,6 +152,7 @@ def thin_gradients(
   keep: str = 'input',
   has_aux: bool = False,
   others: bool = True,
+  own: Mapping[str, NamedSharding] = {},
 ) -> tuple[Any, dict[str, jax.Array]]:
   """The value of a loss and its gradients by path, some of them projected only.
 
@@ -160,6 +164,7 @@ def thin_gradients(
     keep: see `projected_value_and_grad`.
     has_aux: see `jax.value_and_grad`.
     others: whether to differentiate the leaves that have no basis.
+    own: path -> where P'G is to be; so it is placed in the backward pass already.
 
   Returns:
     What `loss` returns, and path -> P'G (*stack, r, k) or G.
@@ -179,8 +184,11 @@ def thin_gradients(
     def put(name: str, x: jax.Array) -> Any:
       if name not in bases:
         return trained.get(name, x)
-      p, side = bases[name]
-      return Probed(x, p, trained[name], side, keep)
+      (p, side), probe = bases[name], trained[name]
+      if name in own:
+        # Of a constraint the gradient is constrained likewise.
+        probe = jax.lax.with_sharding_constraint(probe, own[name])
+      return Probed(x, p, probe, side, keep)
 
     return loss(treedef.unflatten([put(*each) for each in arrays.items()]), *args)
 

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import NamedSharding
 
+from lrjax.dividing import own_columns
 from lrjax.types import MatrixTransform
 from lrjax.views import LeafPlan
 
@@ -42,10 +44,12 @@ class Seen(NamedTuple):
   Attributes:
     rows: by path, what a coverage report tells.
     rules: by path, the plan of each projected leaf and what is done to its matrices.
+    own: by path, where P'G of such a leaf is to be, within `lrjax.divided`.
   """
 
   rows: dict[str, Row]
   rules: dict[str, tuple[LeafPlan, MatrixTransform]]
+  own: dict[str, NamedSharding]
 
 
 def tree_bytes(tree: Any) -> int:
@@ -61,6 +65,8 @@ def record(plan: LeafPlan, slot: Any, rule: MatrixTransform | None) -> None:
   projected = not plan.reason
   if rule is not None:
     seen.rules[plan.path] = plan, rule
+    if (own := own_columns(rule, plan)) is not None:
+      seen.own[plan.path] = own
   seen.rows[plan.path] = Row(
     plan.path,
     plan.shape,
@@ -93,7 +99,7 @@ def _worse(row: Row | None) -> bool:
 
 @contextlib.contextmanager
 def _recording() -> Iterator[Seen]:
-  seen = Seen({}, {})
+  seen = Seen({}, {}, {})
   token = _recorder.set(seen)
   try:
     yield seen

@@ -73,7 +73,7 @@ class Stack(NamedTuple):
     """`f` of one matrix, for all of them."""
 
     def one(*args: Any) -> Any:
-      with at_leaf(self.plan):
+      with at_leaf(self.plan, self.projected):
         return f(*args)
 
     for _ in self.plan.stack:

@@ -263,7 +263,7 @@ def two_steps(tmp_path_factory):
 @pytest.mark.parametrize(
   'damage, trials, always',
   [
-    (flip, 40, False),
+    (flip, 20, False),
     (cut, 5, False),
     (empty, 5, False),
     (delete, 5, False),

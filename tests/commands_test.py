@@ -173,7 +173,8 @@ def test_bench_compares_in_turns():
 
 
 def test_bench_times_whole_training_steps(tmp_path, capsys):
-  flags = ['--size', 'smoke', '--rounds', '1', '--tokens', '128', '--length', '32']
+  flags = ['--size', 'smoke', '--layers', '1', '--rounds', '1']
+  flags += ['--tokens', '128', '--length', '32']
   assert bench.main([*flags, '--out', str(tmp_path / 'bench')]) == 0
   result = json.loads((tmp_path / 'bench' / 'bench.json').read_text())
   full, projected = (

@@ -37,11 +37,16 @@ def lines(directory, split):
   return [line for line in found if line['split'] == split]
 
 
-def test_events_run_when_due_and_are_counted(tmp_path):
-  directory = run(tmp_path)
-  events = lines(directory, 'event')
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  """The directory of a run that nobody interrupts."""
+  return run(tmp_path_factory.mktemp('whole'))
+
+
+def test_events_run_when_due_and_are_counted(whole):
+  events = lines(whole, 'event')
   assert [line['step'] for line in events] == [5, 10]
-  summary = json.loads((directory / 'summary.json').read_text())
+  summary = json.loads((whole / 'summary.json').read_text())
   moments = 2 * summary['parameters']
   for line in events:
     assert line['restart/entries'] == line['restart/zeros'] == moments
@@ -49,8 +54,7 @@ def test_events_run_when_due_and_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize('leave', [4, 5, 6])
-def test_a_run_left_at_an_event_goes_on_with_the_same_bits(tmp_path, leave):
-  whole = run(tmp_path / 'whole')
+def test_a_run_left_at_an_event_goes_on_with_the_same_bits(whole, tmp_path, leave):
   with pytest.raises(Interrupted):
     run(tmp_path / 'left', leave=leave)
   again = run(tmp_path / 'left')

@@ -29,7 +29,8 @@ def rooted(tmp_path, reference):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('trial', range(6))
+# Of these numbers come kills at 10, at 2, and at 5 and 6.
+@pytest.mark.parametrize('trial', [1, 2, 5])
 def test_sigkill_loses_no_bits(trial, tmp_path, reference):
   root, rng = rooted(tmp_path, reference), random.Random(trial)
   run = root / 'runs' / 'tiny'
@@ -52,20 +53,24 @@ def test_sigkill_loses_no_bits(trial, tmp_path, reference):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('number', [runner.TERM, runner.INT], ids=['SIGTERM', 'SIGINT'])
-def test_signals_save_and_leave(number, tmp_path, reference):
+def test_signals_save_and_leave(tmp_path, reference):
   root = rooted(tmp_path, reference)
   run = root / 'runs' / 'tiny'
   words = runner.command(RUN, root, '--resume')
-  with runner.started(words, root) as process:
-    runner.wait_for_step(process, run, 5)
-    process.send_signal(number)
-    process.send_signal(number)
-    assert process.wait(60) == 143, runner.log_of(root)
-  step = runner.last_step(run)
-  assert f'interrupted; step {step} of 12 is saved' in runner.log_of(root)
+  left = None
+  for number, after in ((runner.TERM, 2), (runner.INT, 7)):
+    with runner.started(words, root) as process:
+      runner.wait_for_step(process, run, after)
+      process.send_signal(number)
+      process.send_signal(number)
+      assert process.wait(60) == 143, runner.log_of(root)
+    step = runner.last_step(run)
+    assert f'interrupted; step {step} of 12 is saved' in runner.log_of(root)
+    if left is not None:
+      assert f'resume step={left} ' in runner.log_of(root), 'steps were lost'
+    left = step
   assert runner.finish(words, root) == 0, runner.log_of(root)
-  assert f'resume step={step} ' in runner.log_of(root), 'steps were lost'
+  assert f'resume step={left} ' in runner.log_of(root), 'steps were lost'
   assert runner.final(run) == reference[1]
 
 

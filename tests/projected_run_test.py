@@ -20,7 +20,8 @@ def optimizer(name='galore', **options):
 @pytest.mark.slow
 @pytest.mark.parametrize('weights', ['float', 'int8'])
 def test_it_trains_like_full_gradients(weights, tmp_path):
-  projected = replace(optimizer(), weights=weights)
+  options = runner.GALORE | {'basis': 'subspace_iteration'}
+  projected = replace(optimizer(**options), weights=weights)
   full = replace(projected, projected_backward=False)
   _, ours = run(runner.tiny(name='ours', optimizer=projected), tmp_path)
   _, theirs = run(runner.tiny(name='theirs', optimizer=full), tmp_path)
@@ -30,16 +31,10 @@ def test_it_trains_like_full_gradients(weights, tmp_path):
   norms = lambda lines: [x['grad_norm'] for x in lines if x['split'] == 'train']
   lower = [a < b * (1 - 1e-5) for a, b in zip(norms(ours), norms(theirs))]
   assert lower == [t % 5 != 0 for t in range(12)], 'in full at refreshes alone'
-
-
-@pytest.mark.slow
-def test_sketched_refreshes_train_like_those_of_full_gradients(tmp_path):
-  sketched = optimizer(**runner.GALORE, basis='subspace_iteration')
-  sketched = replace(sketched, sketched_refresh=True)
-  full = replace(sketched, sketched_refresh=False)
-  _, ours = run(runner.tiny(name='ours', optimizer=sketched), tmp_path)
-  _, theirs = run(runner.tiny(name='theirs', optimizer=full), tmp_path)
-  np.testing.assert_allclose(losses(ours), losses(theirs), rtol=1e-5)
+  if weights == 'float':
+    sketched = replace(projected, sketched_refresh=True)
+    _, ours = run(runner.tiny(name='sketched', optimizer=sketched), tmp_path)
+    np.testing.assert_allclose(losses(ours), losses(theirs), rtol=1e-5)
 
 
 def test_low_rank_kernels_take_probes_too():

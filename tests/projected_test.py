@@ -244,6 +244,38 @@ def test_projections_are_what_data_parallel_devices_send():
   assert steady - 1 == 2 * 8 * 128
 
 
+def test_divided_projections_come_as_each_devices_own_columns():
+  shapes = {'a': (2, 64, 128), 'b': (2, 128, 64)}
+  specs = {'a': P(None, 'fsdp'), 'b': P(None, None, 'fsdp')}
+  params = {n: jax.random.normal(jax.random.key(3), s) / 8 for n, s in shapes.items()}
+  x = jax.random.normal(jax.random.key(4), (16, 64))
+  mesh = jax.make_mesh((4,), ('fsdp',), axis_types=(AxisType.Auto,))
+  named = lambda specs: jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
+
+  def loss(params, x):
+    layer = lambda x, p: (x + jnp.tanh(x @ p['a']) @ p['b'], None)
+    return jnp.square(jax.lax.scan(layer, x, params)[0]).sum()
+
+  plain = lrjax.galore(1e-2, rank=8)
+  tx = lrjax.divided(plain, params, specs, mesh)
+  _, state = plain.update(jax.grad(loss)(params, x), plain.init(params), params)
+
+  def step(tx):
+    def run(params, state, x):
+      _, grads = lrjax.projected_value_and_grad(loss, tx)(params, state, x)
+      return grads, tx.update(grads, state, params)[0]
+
+    return run
+
+  want = jax.jit(step(plain))(params, state, x)
+  where = named((specs, lrjax.state_specs(tx, params, specs, mesh), P('fsdp')))
+  grads, updates = jax.jit(step(tx))(*jax.device_put((params, state, x), where))
+  assert all(g.low.sharding.spec == P(None, None, 'fsdp') for g in grads.values())
+  # Sums in another order, of entries up to 180.
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+  jax.tree.map(close, (grads, updates), want)
+
+
 class Foreign(nn.Module):
   """A linen model with scanned and rematerialized layers."""
 
