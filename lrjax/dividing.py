@@ -41,6 +41,8 @@ def divided(
   the columns i that are its own, and gathers the others' updates (r, k) once a step. So
   does every method made by `lrjax.low_rank`, whatever else it keeps or reads (Fira,
   FRUGAL, APOLLO, error feedback). Use it where such an axis is longer than a few devices.
+  `lrjax.projected_value_and_grad(loss, tx)` with the result for `tx` hands out R as these
+  columns.
 
   The numbers are the same; to the bit where the compiler computes them in the same
   order, as in the tests of GaLore, Fira, FRUGAL and APOLLO. A refresh that rotates
@@ -117,8 +119,8 @@ def at_leaf(plan: LeafPlan, own: bool) -> Iterator[None]:
 def by_columns(f: Callable, low: jax.Array, inner: Any) -> tuple:
   """(low, u, state) of `f(low) -> (u, state)`, the step of an inner optimizer.
 
-  Within `divided` each device takes the step for columns of its own; `low` and `u` (r, k)
-  come back on all of them.
+  Within `divided` each device takes the step for columns of its own; `u` (r, k) comes back
+  on all of them, and so does `low` but where it came as these columns.
 
   Args:
     f: the step.

@@ -1,5 +1,6 @@
 """Devices and numerics for the whole suite; set before jax starts."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -24,6 +25,9 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+# Traces are many objects that stay: looking for garbage among them takes a twelfth of all.
+gc.set_threshold(100_000, 50, 100)
 
 # Linux aborts a process of 65530 mappings, and a compiled program takes about three.
 MAPPINGS = 20_000

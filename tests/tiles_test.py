@@ -225,7 +225,7 @@ def test_what_must_be_moved_and_done():
   for name in OPERATIONS:
     lowered = jax.jit(job(name).call('xla')).lower(*job(name).shapes((1,)))
     done = lowered.cost_analysis()['flops']
-    # XLA's forms do a little elementwise besides, and Fira's one product more.
+    # XLA's forms do a little elementwise besides.
     assert 0.99 <= done / max(job(name).flops, 1) < 2.5 or name == 'adam_8bit', name
 
 

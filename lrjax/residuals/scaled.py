@@ -63,7 +63,6 @@ def fira(
   check_growth(growth_limit, floor)
   check_choice('mode', mode, MODES)
   check_choice('per', per, GRANULARITIES)
-
   inside, outside = (scale, 1.0) if mode == 'official' else (1.0, scale)
 
   def after(
@@ -122,11 +121,10 @@ def scale_full(
   check_growth(growth_limit, floor)
   check_choice('per', per, GRANULARITIES)
 
-  ahead, behind = (jnp.sqrt(scale), 1.0) if front else (1.0, jnp.sqrt(scale))
-
   def parts(
     total: Callable, low: jax.Array, u: jax.Array, s: jax.Array
   ) -> tuple[Parts, jax.Array]:
+    ahead, behind = (jnp.sqrt(scale), 1.0) if front else (1.0, jnp.sqrt(scale))
     phi = ahead * ratio(u, low, per)
     c, s = shrunk(phi, jnp.sqrt(total(phi)), s, growth_limit, floor)
     return Parts(None, behind * c), s
