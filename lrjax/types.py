@@ -116,7 +116,7 @@ class Parts(NamedTuple):
   """An update :math:`P x + c f` that is not formed, f the gradient g or sign(g - P y).
 
   Attributes:
-    x: (r, k).
+    x: (r, k); None: 0.
     c: (1, k), or (1, 1) for all columns; None where there is no f.
     y: (r, k), where f is a sign; else None.
   """
