@@ -6,7 +6,7 @@ A leaf (d, k) whose compressed side is 'in' is the matrix G itself; one (k, d) o
 No kernel of this package has run on a TPU or GPU yet. Their arithmetic is checked by
 interpretation and their lowering to both by the tests; the compilers of TPU v5e, v5p and
 v6e and Triton's for compute capability 8.0 and 9.0 have accepted those of `project`,
-`low_rank_adam` and `lift_and_apply`.
+`low_rank_adam` and `lift_and_apply`, those of v5e and 9.0 `lift_and_add`.
 """
 
 from collections.abc import Callable
