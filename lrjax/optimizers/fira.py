@@ -53,9 +53,10 @@ def scale_by_fira(
 
   State per matrix: `r d + 2 r k + 1` floats and two counts of 4 bytes; GaLore's and one.
 
-  Choose it over GaLore where the rank must be small: it loses little then, for one more
-  reading of the gradient a step. With an orthonormal basis, as all but `gaussian` are, S is
-  not formed, see `lrjax.residuals.fira`, and a step has GaLore's `4 d k r` flops.
+  Choose it over GaLore where the rank must be small: it loses little then, for three more
+  readings of the gradient a step: to judge it, for the norm, for the update. With an
+  orthonormal basis, as all but `gaussian` are, S is not formed, see
+  `lrjax.residuals.fira`, and a step has GaLore's `4 d k r` flops.
 
   Args:
     rank: r: an int, a fraction of the smaller axis, or rules `[(pattern, either)]`.
